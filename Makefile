@@ -1,0 +1,64 @@
+PYTHON ?= python3
+JOBS   ?= 2
+ARCH   ?= sm_80
+# Architectures of `make wheel`; a release: make wheel ARCHES="8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHES ?= 8.0+PTX
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PY   := $(BIN)/python
+PIP  := $(PY) -m pip --disable-pip-version-check -q
+EXT  := resnet_fused/_C.abi3.so
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MAX_JOBS := $(JOBS)
+
+.PHONY: help setup demo test lint format bench wheel ptx clean
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+
+# Two stamps: what pip installs, and the extension, built in place and incrementally.
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install 'setuptools>=77' wheel
+	RESNET_FUSED_NO_EXTENSION=1 $(PIP) install --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+$(EXT): $(VENV)/.installed setup.py resnet_fused/_toolchain.py $(CSRC)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+setup: $(EXT)  ## a virtual environment with everything, and the extension built in place
+
+demo: $(EXT)  ## fused against eager on real images, then a small ResNet trained on digits
+	$(PY) -m resnet_fused demo
+
+test: $(EXT)  ## the test suite
+	$(PY) -m pytest -n $(JOBS)
+
+lint: $(VENV)/.installed  ## ruff, mypy and clang-format
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/.installed  ## rewrites the sources as `make lint` wants them
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CSRC)
+
+bench: $(EXT)  ## the benchmarks
+	$(PY) -m pytest benchmarks -m "not slow" --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+
+wheel: $(VENV)/.installed  ## a CUDA and a CPU-only wheel into dist/, each installed in a clean environment and run
+	bash tools/wheels.sh "$(ARCHES)"
+
+ptx: $(VENV)/.installed  ## the PTX of every kernel into build/ptx/ (ARCH=sm_80)
+	mkdir -p build/ptx
+	nvcc=$$($(PY) resnet_fused/_toolchain.py) && for source in $$(find csrc -name '*.cu'); do \
+	  $$nvcc -std=c++17 -O3 -Werror all-warnings -Icsrc -ptx -arch=$(ARCH) \
+	    -o build/ptx/$$(basename $$source .cu).$(ARCH).ptx $$source || exit 1; done
+	ls -l build/ptx
+
+clean:  ## everything built, but not the virtual environment
+	rm -rf build dist $(EXT) *.egg-info
