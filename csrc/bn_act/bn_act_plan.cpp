@@ -1,0 +1,61 @@
+#include "bn_act/bn_act.h"
+#include "common/planning.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr const char* kForward = "bn_act/bn_act.cu";
+constexpr const char* kBackward = "bn_act/bn_act_backward.cu";
+
+}  // namespace
+
+Plan plan_bn_act(const BnActProblem& q, int arch) {
+  Plan plan{};
+  if (!check_common(plan, "bn_act", q.dtype, q.M, q.C, arch) || q.M == 0) return plan;
+  const RowGrid grid = row_grid(q.M, q.C);
+  const Variant variant = choose_variant(q.dtype, q.C, {q.x, q.residual, q.y});
+  add_row_step(plan, kForward, "bn_act", variant, grid, BnActParams{q, grid.rows(q.M, q.C)});
+  return plan;
+}
+
+Plan plan_relu_mask(const ReluMaskProblem& q, int arch) {
+  Plan plan{};
+  if (!check_common(plan, "relu_mask", q.dtype, q.M, q.C, arch) || q.M == 0) return plan;
+  const RowGrid grid = row_grid(q.M, q.C);
+  const Variant variant = choose_variant(q.dtype, q.C, {q.y});
+  add_row_step(plan, kForward, "relu_mask", variant, grid, ReluMaskParams{q, grid.rows(q.M, q.C)});
+  return plan;
+}
+
+Plan plan_bn_act_backward_reduce(const BnActBackwardReduceProblem& q, int arch) {
+  Plan plan{};
+  if (!check_common(plan, "bn_act_backward_reduce", q.dtype, q.M, q.C, arch)) return plan;
+  const int sums = q.mean ? 2 : 1;
+  const RowGrid grid = row_grid(q.M, q.C, kMaxPartials);
+  plan.workspace = grid.row_blocks * sums * q.C;
+  if (q.M > 0) {
+    const Variant variant = choose_variant(q.dtype, q.C, {q.dy, q.x, q.dz});
+    const BnActBackwardReduceParams params{q, grid.rows(q.M, q.C)};
+    add_row_step(plan, kBackward, "bn_act_backward_reduce", variant, grid, params);
+  }
+  const int32_t C = static_cast<int32_t>(q.C);
+  add_sum_partials(plan, {q.workspace, {q.sum_dz, q.sum_dz_xc}, grid.row_blocks, C, 1.0f}, sums);
+  return plan;
+}
+
+Plan plan_bn_act_backward_apply(const BnActBackwardApplyProblem& q, int arch) {
+  Plan plan{};
+  if (!check_common(plan, "bn_act_backward_apply", q.dtype, q.M, q.C, arch) || q.M == 0) return plan;
+  const RowGrid grid = row_grid(q.M, q.C);
+  const Variant variant = choose_variant(q.dtype, q.C, {q.dy, q.x, q.dx});
+  const BnActBackwardApplyParams params{q, grid.rows(q.M, q.C)};
+  add_row_step(plan, kBackward, "bn_act_backward_apply", variant, grid, params);
+  return plan;
+}
+
+}  // namespace resnet_fused
+
+RESNET_FUSED_EXPORT_PLAN(bn_act, BnActProblem)
+RESNET_FUSED_EXPORT_PLAN(relu_mask, ReluMaskProblem)
+RESNET_FUSED_EXPORT_PLAN(bn_act_backward_reduce, BnActBackwardReduceProblem)
+RESNET_FUSED_EXPORT_PLAN(bn_act_backward_apply, BnActBackwardApplyProblem)

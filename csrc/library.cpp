@@ -1,0 +1,57 @@
+// The ops of torch.ops.resnet_fused: schemas, registrations, and the Python module that loads them.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+namespace resnet_fused {
+
+STABLE_TORCH_LIBRARY(resnet_fused, m) {
+  m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def("relu_mask(Tensor y) -> Tensor");
+  m.def(
+      "gram_operand(Tensor x, Tensor? scale, Tensor? shift, bool relu, Tensor center, int stride)"
+      " -> (Tensor a, Tensor mean)");
+  m.def(
+      "bn_act_backward_reduce(Tensor dy, Tensor? mask, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean,"
+      " bool write_dz) -> (Tensor dz, Tensor sum_dz, Tensor sum_dz_xc)");
+  m.def(
+      "bn_act_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? scale, Tensor? shift, Tensor mean,"
+      " Tensor coef_dz, Tensor coef_x, Tensor coef_1) -> Tensor dx");
+  m.def(
+      "bn_act_pool(Tensor x, Tensor scale, Tensor shift, int kernel, int stride, int padding)"
+      " -> (Tensor y, Tensor argmax)");
+  m.def(
+      "bn_act_pool_backward(Tensor dy, Tensor argmax, int height, int width, int kernel, int stride, int "
+      "padding)"
+      " -> Tensor da");
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("bn_stats", TORCH_BOX(&bn_stats));
+  m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("relu_mask", TORCH_BOX(&relu_mask));
+  m.impl("gram_operand", TORCH_BOX(&gram_operand));
+  m.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce));
+  m.impl("bn_act_backward_apply", TORCH_BOX(&bn_act_backward_apply));
+  m.impl("bn_act_pool", TORCH_BOX(&bn_act_pool));
+  m.impl("bn_act_pool_backward", TORCH_BOX(&bn_act_pool_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { implement(m); }
+#ifdef RESNET_FUSED_CUDA
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace resnet_fused
+
+// `import resnet_fused._C` loads the library, which registers the ops; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
