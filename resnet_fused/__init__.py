@@ -1,0 +1,22 @@
+"""Fused ResNet residual blocks: conv + BatchNorm + ReLU + residual-add, forward and backward."""
+
+from __future__ import annotations
+
+from . import functional, reference
+from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct
+from .convert import fuse_, unfuse_
+from .explain import explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNReLUMaxPool",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "explain",
+    "functional",
+    "fuse_",
+    "reference",
+    "unfuse_",
+]

@@ -1,0 +1,227 @@
+"""The command line: `python -m resnet_fused info | explain | train | eval | demo`.
+
+Exit codes: 0 success, 1 failure (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from . import evaluate, models
+from .console import explanation_table, make_console, make_table
+from .data import mnist_5k
+from .train import RECIPES, DivergenceError, train
+
+FAILURES = (OSError, ImportError, ValueError, DivergenceError, torch.OutOfMemoryError)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except FAILURES as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"resnet_fused {args.command}: error: {message}", file=sys.stderr)
+        return 1
+
+
+# ---------------------------------------------------------------- commands
+
+
+def info(args: argparse.Namespace) -> int:
+    """Versions, devices and what the extension was built for."""
+    from . import __version__
+
+    print(f"resnet_fused  {__version__}")
+    print(f"python        {platform.python_version()} on {platform.machine()}")
+    print(f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    for package in ("triton", "torchvision", "timm"):
+        print(f"{package:<13} {_version(package)}")
+    cuda, isa = _extension()
+    onednn = "oneDNN" if torch.backends.mkldnn.is_available() else "native"
+    print(f"extension     {'CUDA and CPU' if cuda else 'CPU-only'} build")
+    print(f"cpu backend   {isa} kernels, {onednn} convolutions, {torch.get_num_threads()} threads")
+    print(f"cuda backend  {_gpus() if cuda else 'not built'}")
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    """How each unit of a network runs, and why."""
+    from .explain import explain as explain_model
+
+    device, dtype = _device(args), DTYPES[args.dtype]
+    model = models.create(args.model).to(device, dtype).train(args.training)
+    channels, size = (1, 28) if args.model == "mnist_resnet" else (3, args.size)
+    x = torch.randn(args.batch, channels, size, size, device=device, dtype=dtype)
+    with torch.set_grad_enabled(args.training):
+        explanation = explain_model(model, x)
+    title = f"{args.model}, {'training' if args.training else 'inference'}, {args.dtype}"
+    make_console().print(explanation_table(explanation, title))
+    return 0
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Trains a recipe; its flags change single values."""
+    names = [f.name for f in dataclasses.fields(RECIPES[args.recipe])]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    console = make_console()
+    run = train(dataclasses.replace(RECIPES[args.recipe], **changes), args.out, _device(args), console)
+    console.print(str(run), soft_wrap=True)
+    return 0
+
+
+def eval_command(args: argparse.Namespace) -> int:
+    """Accuracy and confusion counts of a checkpoint on the held-out digits."""
+    model, metadata = evaluate.load_checkpoint(args.checkpoint)
+    test_set = mnist_5k()[1]
+    counts = evaluate.confusion(model.to(_device(args)), test_set)
+    hits, total = int(counts.diagonal().sum()), int(counts.sum())
+    epoch = metadata.get("epoch", "?")
+    print(f"{metadata['model']}, epoch {epoch}: {hits} of {total} right, {hits / total:.2%}")
+    digits = map(str, range(evaluate.CLASSES))
+    table = make_table("", *digits, "right", title="true digit (row), predicted (column)")
+    for digit, row in enumerate(counts.tolist()):
+        cells = [str(n) if n else "·" for n in row]
+        table.add_row(str(digit), *cells, f"{row[digit] / max(1, sum(row)):.0%}")
+    make_console().print(table)
+    return 0
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    """Agreement, speed, memory and training on real images."""
+    from .demo import demo
+
+    return 0 if demo(args.out, make_console()) else 1
+
+
+# ---------------------------------------------------------------- parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line instead of the whole usage."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="resnet_fused", description="Fused ResNet blocks for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run=run)
+        return sub
+
+    def with_device(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+        return sub
+
+    command("info", info)
+
+    sub = with_device(command("explain", explain))
+    sub.add_argument("--model", choices=models.MODELS, default="resnet50")
+    sub.add_argument("--batch", type=_positive_int, default=8)
+    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32")
+    sub.add_argument("--training", action="store_true", help="with batch statistics and gradients")
+
+    sub = with_device(command("train", train_command))
+    sub.add_argument("recipe", choices=RECIPES, nargs="?", default="mnist")
+    sub.add_argument("--epochs", type=_positive_int)
+    sub.add_argument("--batch-size", type=_positive_int)
+    sub.add_argument("--lr", type=_positive_float, help="learning rate")
+    sub.add_argument("--momentum", type=_fraction)
+    sub.add_argument("--seed", type=int)
+    _add_out(sub)
+
+    sub = with_device(command("eval", eval_command))
+    sub.add_argument("checkpoint", type=Path)
+
+    _add_out(command("demo", demo_command))
+    return parser
+
+
+def _add_out(sub: argparse.ArgumentParser) -> None:
+    default = Path("runs") / "mnist"
+    sub.add_argument("--out", type=Path, default=default, help="folder for results (default: %(default)s)")
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _positive_float(text: str) -> float:
+    if not 0 < _number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return _number(text)
+
+
+def _fraction(text: str) -> float:
+    if not 0 <= _number(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
+    return _number(text)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def _device(args: argparse.Namespace) -> str:
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    return args.device
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _extension() -> tuple[bool, str]:
+    """(whether CUDA kernels are built in, the instruction set of the CPU kernels)."""
+    module = importlib.import_module(f"{__package__}._C")
+    library = ctypes.CDLL(str(module.__file__))
+    best = 99  # a limit that limits nothing
+    isa = ("baseline", "AVX2", "AVX-512")[library.resnet_fused_limit_isa(best)]
+    return bool(library.resnet_fused_has_cuda()), isa
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU found"
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{p.name} (sm_{p.major}{p.minor})" for p in properties)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

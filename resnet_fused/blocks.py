@@ -1,0 +1,188 @@
+"""The drop-in blocks: torchvision's names, arguments, defaults and state_dict; fused forward and backward.
+
+A block decides at each call whether its fused form stands for exactly what its modules would do. Hooks, adapters,
+parametrizations or foreign modules on an inner layer make it run module by module ("composed"), and `explain` and
+`fuse_`'s report say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from . import functional, reference
+from .checks import check_memory
+from .modules import (
+    conv_reason,
+    convbn_of,
+    global_hook_reason,
+    hook_reason,
+    norm_reason,
+    relu_reason,
+    traced_as_leaf,
+)
+from .ops.bn_act_pool import Pool, StemTail
+from .ops.layout import acc_dtype, to_nhwc
+from .recorder import record
+
+
+class FusedBlock(nn.Module):
+    """Mixin in front of a composed block class: its forward is the fused form where that is the same thing.
+
+    The composed class names its layers conv1, bn1, conv2, bn2 (, conv3, bn3), its activations relu or act1..3, and
+    its shortcut downsample (None, a Sequential(conv, norm), or any module).
+    """
+
+    memory: functional.Memory = "lean"
+
+    def layers(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+        """(conv name, conv, norm name, norm) of the main path, in order."""
+        for i in (1, 2, 3):
+            if hasattr(self, f"conv{i}"):
+                yield f"conv{i}", getattr(self, f"conv{i}"), f"bn{i}", getattr(self, f"bn{i}")
+
+    def composed_reason(self) -> str | None:
+        """Why this block must run module by module; None if it runs fused."""
+        reason = global_hook_reason()
+        for conv_name, conv, bn_name, bn in self.layers():
+            reason = reason or conv_reason(conv_name, conv) or norm_reason(bn_name, bn)
+        for name in ("relu", "act1", "act2", "act3"):
+            if hasattr(self, name):
+                reason = reason or relu_reason(name, getattr(self, name))
+        for name in ("se", "drop_block", "aa", "drop_path"):  # timm's extras
+            extra = getattr(self, name, None)
+            if extra is not None and type(extra) is not nn.Identity:
+                reason = reason or f"{name} is a {type(extra).__name__}"
+        return reason
+
+    def projection(self) -> tuple[nn.Conv2d, nn.Module] | None:
+        """The shortcut's (conv, norm) where it is that and nothing else."""
+        down: Any = getattr(self, "downsample", None)
+        if not isinstance(down, nn.Sequential) or hook_reason("downsample", down) or len(down) not in (1, 2):
+            return None
+        conv, bn = (*down, nn.Identity())[:2]
+        if conv_reason("downsample.0", conv) or norm_reason("downsample.1", bn):
+            return None
+        return conv, bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, K, P, Q]."""
+        if isinstance(x, Proxy):
+            return traced_as_leaf(self, x)
+        reason = self.composed_reason()
+        if reason is not None:
+            record(x, (), None, None, reason)
+            return super().forward(x)
+        down: Any = getattr(self, "downsample", None)
+        projection = self.projection()
+        shortcut: Any = "identity" if down is None else convbn_of(*projection) if projection else down(x)
+        units = [convbn_of(conv, bn) for _, conv, _, bn in self.layers()]  # type: ignore[arg-type]
+        return functional.residual_block(x, units, shortcut, memory=self.memory)
+
+
+class BasicBlock(FusedBlock, reference.BasicBlock):
+    """relu(bn2(conv3x3(relu(bn1(conv3x3(x))))) + shortcut), fused.
+
+    Arguments, errors and state_dict of `torchvision.models.resnet.BasicBlock`. x: [N, inplanes, H, W] of the
+    parameters' dtype (or any under autocast); returns [N, planes, ceil(H/stride), ceil(W/stride)] channels_last.
+    """
+
+
+class Bottleneck(FusedBlock, reference.Bottleneck):
+    """relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(conv1x1(x)))))))) + shortcut), fused; the stride on the 3x3.
+
+    Arguments and state_dict of `torchvision.models.resnet.Bottleneck`, groups and base_width (ResNeXt, wide)
+    included. x: [N, inplanes, H, W]; returns [N, 4*planes, ceil(H/stride), ceil(W/stride)] channels_last.
+    """
+
+
+class ConvBNAct(nn.Module):
+    """act(bn(conv(x)) + residual) as one fused unit; `norm=False` is conv + bias.
+
+    Holds `conv` and (with a norm) `bn`; arguments as nn.Conv2d's. x: [N, in_channels, H, W].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        norm: bool = True,
+        relu: bool = True,
+        memory: functional.Memory = "lean",
+    ) -> None:
+        super().__init__()
+        check_memory(memory)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=not norm)
+        self.bn: nn.Module = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.relu = relu
+        self.memory: functional.Memory = memory
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, in_channels, H, W] (, [N, out_channels, P, Q]) -> [N, out_channels, P, Q]."""
+        if isinstance(x, Proxy):
+            return traced_as_leaf(self, x, residual)
+        reason = global_hook_reason() or conv_reason("conv", self.conv) or norm_reason("bn", self.bn)
+        if reason is not None:
+            record(x, (), None, None, reason)
+            y = self.bn(self.conv(x))
+            y = y if residual is None else y + residual
+            return torch.relu(y) if self.relu else y
+        return functional.conv_bn_act(x, convbn_of(self.conv, self.bn), residual, self.relu, self.memory)
+
+
+class BNReLUMaxPool(nn.BatchNorm2d):
+    """The stem's tail, maxpool(relu(bn(x))), in one pass; parameters, buffers and state_dict of its BatchNorm2d.
+
+    It stands at the name of the stem's batch norm, and nn.Identity at the names of its ReLU and pool: the children
+    keep their order and the state_dict its keys. x: [N, C, H, W]; returns the pooled [N, C, P, Q].
+    """
+
+    pool = Pool(3, 2, 1)
+
+    def composed_reason(self, x: Tensor) -> str | None:
+        """Why eager PyTorch must run this call."""
+        return functional.fallback_reason(x, [self])  # type: ignore[list-item]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, P, Q], the pooled size."""
+        if isinstance(x, Proxy):
+            return traced_as_leaf(self, x)
+        reason = self.composed_reason(x)
+        record(x, (), None, self.pool, reason)
+        if reason is not None:
+            return reference.bn_act_pool(x, self, *self.pool)
+        self._check_input_dim(x)
+        n, c, h, w = x.shape
+        if c != self.num_features:
+            raise ValueError(f"x has shape {list(x.shape)}, expected {self.num_features} channels")
+        batch_stats = self.training or self.running_mean is None
+        if batch_stats and n * h * w == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+        acc = acc_dtype(x.dtype)
+
+        def vector(t: Tensor | None, default: float) -> Tensor:
+            return x.new_full((c,), default, dtype=acc) if t is None else t.to(acc)
+
+        y, mean, var = StemTail.apply(
+            to_nhwc(x),
+            vector(self.weight, 1),
+            vector(self.bias, 0),
+            vector(self.running_mean, 0),
+            vector(self.running_var, 1),
+            self.eps,
+            batch_stats,
+            self.pool,
+        )
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            factor = reference.average_factor(self.num_batches_tracked, self.momentum)
+            functional.move_running(self.running_mean, self.running_var, mean, var, n * h * w, factor)
+        return y

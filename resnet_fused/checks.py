@@ -1,0 +1,85 @@
+"""Checks at the API's edge: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .functional import ConvBN
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_memory(memory: str) -> None:
+    if memory not in ("lean", "fast"):
+        raise ValueError(f'memory is {memory!r}, expected "lean" or "fast"')
+
+
+def fallback_reason(x: Tensor, units: Sequence[ConvBN]) -> str | None:
+    """Why eager PyTorch, which takes these arguments, must run them; None if the fused ops can."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a Tensor")
+    if not units:
+        raise ValueError("units is empty, expected at least one ConvBN")
+    if x.dim() == 4 and x.numel() == 0:
+        return "empty input"
+    if x.dtype.is_complex:
+        return f"{x.dtype} has no kernel"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"device {x.device.type} has no kernel"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    return None
+
+
+def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> tuple[int, int, int, int]:
+    """Checks one unit against its input's shape [N, C, H, W]; its output's shape."""
+    if len(x_shape) != 4:
+        raise ValueError(f"x has shape {list(x_shape)}, expected 4 dimensions [N, C, H, W]")
+    w = unit.weight
+    if w.dim() != 4:
+        raise ValueError(f"{name}.weight has shape {list(w.shape)}, expected 4 dimensions [K, C/groups, R, S]")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if w.dtype != x.dtype:
+        raise ValueError(f"{name}.weight is {w.dtype}, expected {x.dtype} (that of x)")
+    k, per_group = w.shape[:2]
+    groups = unit.groups
+    if groups < 1 or k % groups:
+        raise ValueError(f"{name}.groups is {groups}, expected a divisor of the {k} output channels")
+    if per_group * groups != x_shape[1]:
+        raise ValueError(
+            f"{name}.weight has shape {list(w.shape)} with groups={groups}, which takes {per_group * groups} "
+            f"channels; its input has {x_shape[1]} (shape {list(x_shape)})"
+        )
+    _check_geometry(name, unit)
+    for field in ("bias", "gamma", "beta", "running_mean", "running_var"):
+        t = getattr(unit, field)
+        if t is not None and tuple(t.shape) != (k,):
+            raise ValueError(f"{name}.{field} has shape {list(t.shape)}, expected [{k}] (output channels)")
+    for field in ("weight", "bias", "gamma", "beta", "running_mean", "running_var"):
+        t = getattr(unit, field)
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}.{field} is on {t.device}, expected {x.device} (that of x)")
+    if (unit.running_mean is None) != (unit.running_var is None):
+        raise ValueError(f"{name}: running_mean and running_var must both be given, or neither")
+    shape = unit.geometry.out_shape(x_shape, w.shape)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"{name}: a {list(w.shape[2:])} kernel (dilation {list(unit.dilation)}, padding {list(unit.padding)}) "
+            f"does not fit into an input of shape {list(x_shape)}"
+        )
+    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)} ({name})")
+    return shape
+
+
+def _check_geometry(name: str, unit: ConvBN) -> None:
+    for field, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = getattr(unit, field)
+        if len(value) != 2 or any(v < least for v in value):
+            raise ValueError(f"{name}.{field} is {value}, expected two integers >= {least}")

@@ -1,0 +1,165 @@
+"""`explain`: what runs fused, by which plan and why, and the bytes it moves and keeps against eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock
+from .ops.bn_act_pool import Pool
+from .planner import explain_units
+from .recorder import Call, recording
+from .traffic import Bytes, block_bytes, stem_bytes
+
+_OURS = (FusedBlock, ConvBNAct, BNReLUMaxPool)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Bytes are of a training step by passes (`traffic.py`), None where not counted."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    plan: str
+    reason: str
+    moved: float | None = None
+    moved_eager: float | None = None
+    saved: float | None = None
+    saved_eager: float | None = None
+
+
+@dataclass
+class Explanation:
+    """`rows` in the order of execution; `str()` is a plain table, `columns` and `cells` serve other renderers."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    columns = ("unit", "kind", "input", "plan", "moved (of eager)", "kept (of eager)", "reason")
+
+    def cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                row.plan,
+                _against(row.moved, row.moved_eager),
+                _against(row.saved, row.saved_eager),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+
+    def total(self) -> Row:
+        """The sums over the counted rows."""
+        counted = [row for row in self.rows if row.moved is not None]
+
+        def add(field: str) -> float:
+            return sum(getattr(row, field) for row in counted)
+
+        return Row(
+            "total", f"{len(counted)} units", (), "", "", add("moved"), add("moved_eager"), add("saved"),
+            add("saved_eager"),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        table = [self.columns, *self.cells(), *Explanation([self.total()]).cells()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(self.columns))]
+        return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def _against(ours: float | None, eager: float | None) -> str:
+    if ours is None or not eager:
+        return ""
+    return f"{ours / 2**20:,.1f} MiB ({ours / eager:.2f})"
+
+
+def explain(model: nn.Module, example_input: Tensor) -> Explanation:
+    """Run `model` once on `example_input` [N, C, H, W] and tell how each part of it ran.
+
+    The mode (train or eval) is the model's; buffers and random state are put back afterwards. Bytes are those of a
+    training step, forward and backward.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+    explanation = Explanation()
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged(model))
+        calls = stack.enter_context(recording())
+        for name, module in _watched(model):
+            handles = _watch(name, module, calls, explanation)
+            for handle in handles:
+                stack.callback(handle.remove)
+        stack.enter_context(torch.set_grad_enabled(model.training))
+        model(example_input)
+    return explanation
+
+
+def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Fused modules, and the leaves outside of them that hold parameters."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, _OURS):
+            inside.update(id(child) for child in module.modules())
+            yield name, module
+        elif not any(module.children()) and any(True for _ in module.parameters()):
+            yield name, module
+
+
+def _watch(name: str, module: nn.Module, calls: list[Call], out: Explanation) -> list[Any]:
+    def before(_module: nn.Module, args: tuple) -> None:
+        calls.clear()
+
+    def after(module: nn.Module, args: tuple, _output: Any) -> None:
+        if isinstance(module, _OURS):
+            out.rows.extend(_row(name, module, call) for call in calls)
+            return
+        shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ()
+        out.rows.append(Row(name, type(module).__name__, shape, "eager", "not part of a block or stem"))
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _row(name: str, module: nn.Module, call: Call) -> Row:
+    kind = type(module).__name__
+    if call.reason is not None:
+        return Row(name, kind, call.x_shape, "eager", call.reason)
+    spec: Any = call.spec
+    if isinstance(spec, Pool):
+        eager, ours = stem_bytes(call)
+        return _counted(name, kind, call, "fused", "batch norm, ReLU and max pool in one pass", eager, ours)
+    projected = spec.shortcut == "projection"
+    everything = [*call.units, *([call.shortcut] if projected else [])]
+    reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype)
+    ends = [reasons[spec.chain - 1], *([reasons[-1]] if projected else [])]
+    plan = "aten: " + " + ".join(p for p, _ in ends)
+    return _counted(name, kind, call, plan, "; ".join(dict.fromkeys(r for _, r in ends)), *block_bytes(call))
+
+
+def _counted(name: str, kind: str, call: Call, plan: str, reason: str, eager: Bytes, ours: Bytes) -> Row:
+    return Row(name, kind, call.x_shape, plan, reason, ours.moved, eager.moved, ours.saved, eager.saved)
+
+
+def _memory(module: nn.Module) -> str:
+    return getattr(module, "memory", "lean")
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers and the random state back."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)

@@ -1,0 +1,224 @@
+"""The fused ops as functions: one conv + batch norm unit, or the whole chain of a residual block.
+
+Everything is checked here, before anything is written; what eager PyTorch takes and no kernel serves runs as
+plain PyTorch (`resnet_fused.reference`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_memory, check_unit, fallback_reason
+from .ops.aten import Geometry
+from .ops.block import BlockSpec, UnitSpec
+from .ops.layout import acc_dtype
+from .ops.residual_block import ResidualBlock, encode
+from .planner import plan_units
+from .recorder import record
+
+Memory = Literal["lean", "fast"]
+
+
+@dataclass(frozen=True)
+class ConvBN:
+    """The tensors and constants of one conv + batch norm unit.
+
+    weight: [K, C/groups, R, S]; bias, gamma, beta, running_mean, running_var: [K] or None.
+    `training` normalises with the batch's statistics and moves the running ones in place, as nn.BatchNorm2d
+    does: by `momentum`, or with None by the cumulative mean over `num_batches_tracked` (0-d int64, counted up).
+    `has_norm=False` is a convolution with its bias alone.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    training: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    has_norm: bool = True
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether this call normalises with the batch's statistics."""
+        return self.has_norm and (self.training or self.running_mean is None)
+
+
+def conv_bn_act(
+    x: Tensor, unit: ConvBN, residual: Tensor | None = None, relu: bool = True, memory: Memory = "lean"
+) -> Tensor:
+    """act(bn(conv(x)) + residual), one unit.
+
+    Equivalent to: ``y = F.batch_norm(F.conv2d(x, weight, ...), ...); y = F.relu(y + residual)``
+
+    x: [N, C, H, W] float32, bfloat16, float16 or float64, any strides; residual: [N, K, P, Q] of the same dtype.
+    Returns [N, K, P, Q] channels_last. Raises ValueError or RuntimeError naming the argument.
+    """
+    return residual_block(x, [unit], residual, relu=relu, memory=memory)
+
+
+def residual_block(
+    x: Tensor,
+    units: Sequence[ConvBN],
+    shortcut: Literal["identity"] | Tensor | ConvBN | None = "identity",
+    relu: bool = True,
+    memory: Memory = "lean",
+) -> Tensor:
+    """act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)): a whole block, forward and backward fused.
+
+    x: [N, C, H, W]. `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), or None.
+    `memory`: "lean" never keeps the last unit's raw output, "fast" keeps it.
+    Returns [N, K, P, Q] channels_last; running statistics of training units are moved in place.
+    Source of the mathematics: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5;
+    the backward of `resnet_fused.ops.block`. Second derivatives raise.
+    """
+    check_memory(memory)
+    everything = [*units, shortcut] if isinstance(shortcut, ConvBN) else list(units)
+    reason = fallback_reason(x, everything)
+    if reason is not None:
+        record(x, units, shortcut, None, reason)
+        return reference.residual_block(x, units, shortcut, relu)
+    x, everything, residual = _autocast(x, everything, shortcut)
+    shapes = _check(x, everything, shortcut, residual)
+    spec = _specify(x, everything, _kind(shortcut), relu, memory)
+    record(x, units, shortcut, spec, None)
+    tensors = [t for unit in everything for t in _flat(unit, x)]
+    if spec.save:
+        y, *stats = ResidualBlock.apply(spec, x, residual, *tensors)
+    else:
+        lists = [tensors[i::5] for i in range(5)]
+        y, *stats = torch.ops.resnet_fused.residual_block(x, residual, *lists, *encode(spec), False)
+    _update_running(everything, stats, shapes)
+    return y
+
+
+def _kind(shortcut: object) -> str:
+    """The shortcut's kind, one of `ops.block.SHORTCUTS`."""
+    if isinstance(shortcut, Tensor):
+        return "residual"
+    if isinstance(shortcut, ConvBN):
+        return "projection"
+    if shortcut is None:
+        return "none"
+    if shortcut != "identity":
+        raise ValueError(f'shortcut is {shortcut!r}, expected "identity", a Tensor, a ConvBN or None')
+    return "identity"
+
+
+def _autocast(x: Tensor, units: list[ConvBN], shortcut: object) -> tuple[Tensor, list[ConvBN], Tensor | None]:
+    """Under autocast the operands take its dtype, as eager's convolutions do."""
+    residual = shortcut if isinstance(shortcut, Tensor) else None
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        units = [replace(u, weight=u.weight.to(dtype)) for u in units]
+        x = x.to(dtype)
+        residual = residual if residual is None else residual.to(dtype)
+    return x, units, residual
+
+
+def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | None) -> list[tuple]:
+    """Checks every argument; the output shape [N, K, P, Q] of each unit."""
+    projected = isinstance(shortcut, ConvBN)
+    shape = tuple(x.shape)
+    shapes = []
+    for i, unit in enumerate(units[:-1] if projected else units):
+        shape = check_unit(f"units[{i}]", unit, shape, x)
+        shapes.append(shape)
+    if shortcut is None:
+        return shapes
+    got = tuple((x if residual is None else residual).shape)
+    if projected:
+        got = check_unit("shortcut", units[-1], tuple(x.shape), x)
+        shapes.append(got)
+    if got != shape:
+        raise ValueError(f"residual_block: shortcut gives shape {list(got)}, expected {list(shape)} (the chain's)")
+    if residual is not None and (residual.dtype, residual.device) != (x.dtype, x.device):
+        raise ValueError(
+            f"residual_block: shortcut is {residual.dtype} on {residual.device}, expected {x.dtype} on {x.device}"
+        )
+    return shapes
+
+
+def _specify(x: Tensor, units: list[ConvBN], kind: str, relu: bool, memory: Memory) -> BlockSpec:
+    tensors = [t for u in units for t in (u.weight, u.gamma, u.beta, u.bias) if t is not None]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype)
+    specs = tuple(
+        UnitSpec(
+            u.geometry,
+            u.eps if u.has_norm else 0.0,
+            u.batch_stats,
+            plan,
+            save and u.gamma is not None and u.gamma.requires_grad,
+        )
+        for u, plan in zip(units, plans, strict=True)
+    )
+    return BlockSpec(specs, kind, relu, save)
+
+
+def _flat(unit: ConvBN, x: Tensor) -> tuple[Tensor, ...]:
+    """(weight, gamma, beta, mean, var) as the op takes them: a missing norm is the identity's."""
+    k, acc = unit.weight.shape[0], acc_dtype(x.dtype)
+
+    def vector(t: Tensor | None, default: float) -> Tensor:
+        return x.new_full((k,), default, dtype=acc) if t is None else t.to(acc)
+
+    if not unit.has_norm:
+        return unit.weight, vector(None, 1), vector(unit.bias, 0), vector(None, 0), vector(None, 1)
+    gamma, beta = vector(unit.gamma, 1), vector(unit.beta, 0)
+    if unit.batch_stats:
+        empty = x.new_empty((0,), dtype=acc)
+        if unit.bias is not None:  # the batch's mean takes it away again: its gradient is zero
+            beta = beta + 0 * unit.bias.to(acc)
+        return unit.weight, gamma, beta, empty, empty
+    mean, var = vector(unit.running_mean, 0), vector(unit.running_var, 1)
+    if unit.bias is not None:
+        beta = beta + gamma * torch.rsqrt(var + unit.eps) * unit.bias.to(acc)
+    return unit.weight, gamma, beta, mean, var
+
+
+def _update_running(units: list[ConvBN], stats: Sequence[Tensor], shapes: list[tuple]) -> None:
+    """Moves the running statistics of the units that used the batch's."""
+    it = iter(stats)
+    for unit, (n, _, p, q) in zip(units, shapes, strict=True):
+        if not unit.batch_stats:
+            continue
+        mean, var = next(it), next(it)
+        if not unit.training or unit.running_mean is None or unit.running_var is None:
+            continue
+        if unit.bias is not None:
+            mean = mean + unit.bias.detach()
+        factor = reference.average_factor(unit.num_batches_tracked, unit.momentum)
+        move_running(unit.running_mean, unit.running_var, mean, var, n * p * q, factor)
+
+
+@torch.no_grad()
+def move_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, pixels: int, factor: float | Tensor
+) -> None:
+    """running += factor (batch - running) in place, with the unbiased variance, as PyTorch does. All [K]."""
+    if isinstance(factor, Tensor):
+        factor = factor.to(mean.dtype)
+    for running, batch in ((running_mean, mean), (running_var, var * (pixels / (pixels - 1)))):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, factor)
+        else:  # one rounding, at the end
+            running.copy_(torch.lerp(running.to(batch.dtype), batch, factor))

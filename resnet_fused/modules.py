@@ -1,0 +1,91 @@
+"""Reading nn.Conv2d and nn.BatchNorm2d modules into `ConvBN` units, and why some must stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from .functional import ConvBN
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
+
+
+def is_frozen_norm(bn: nn.Module) -> bool:
+    """torchvision's FrozenBatchNorm2d: buffers only, always given statistics. (torchvision is optional.)"""
+    return type(bn).__name__ == "FrozenBatchNorm2d" and type(bn).__module__.startswith("torchvision.")
+
+
+def hook_reason(name: str, module: nn.Module) -> str | None:
+    """Whether somebody watches or changes what goes through `module`."""
+    for attribute in _HOOKS:
+        if getattr(module, attribute, None):
+            return f"{name} has a {attribute.strip('_').replace('_', ' ').removesuffix('s')}"
+    return None
+
+
+def global_hook_reason() -> str | None:
+    if any(getattr(nn_module, attribute, None) for attribute in _GLOBAL_HOOKS):
+        return "a global module hook is registered"
+    return None
+
+
+def conv_reason(name: str, conv: Any) -> str | None:
+    """Why the fused path cannot stand in for this convolution module."""
+    if type(conv) is not nn.Conv2d:
+        return f"{name} is a {type(conv).__name__}"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"{name} has padding_mode={conv.padding_mode!r}, padding={conv.padding!r}"
+    return hook_reason(name, conv)
+
+
+def norm_reason(name: str, bn: Any) -> str | None:
+    """Why the fused path cannot stand in for this norm module."""
+    if type(bn) not in (nn.BatchNorm2d, nn.Identity) and not is_frozen_norm(bn):
+        return f"{name} is a {type(bn).__name__}"
+    return hook_reason(name, bn)
+
+
+def relu_reason(name: str, act: Any) -> str | None:
+    if type(act) is not nn.ReLU:
+        return f"{name} is a {type(act).__name__}"
+    return hook_reason(name, act)
+
+
+def convbn_of(conv: nn.Conv2d, bn: Any) -> ConvBN:
+    """The unit of a convolution and its norm."""
+    where: dict[str, Any] = {
+        "weight": conv.weight,
+        "bias": conv.bias,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+    }
+    if isinstance(bn, nn.Identity):
+        return ConvBN(**where, has_norm=False, training=False)
+    frozen = is_frozen_norm(bn)
+    return ConvBN(
+        **where,
+        gamma=bn.weight,
+        beta=bn.bias,
+        running_mean=bn.running_mean,
+        running_var=bn.running_var,
+        num_batches_tracked=None if frozen else bn.num_batches_tracked,
+        training=not frozen and bn.training,
+        momentum=None if frozen else bn.momentum,
+        eps=bn.eps,
+    )
+
+
+def traced_as_leaf(module: nn.Module, *args: Any) -> Any:
+    """The call of `module` on torch.fx proxies as one node, as for a leaf module."""
+    tracer: Any = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})

@@ -1,0 +1,31 @@
+"""`bn_stats`: per-channel mean and biased variance of an activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import fake
+from .layout import acc_dtype
+
+
+@fake("bn_stats")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = (x.shape[1],), acc_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _backward(ctx, dmean: Tensor, dvar: Tensor) -> Tensor:
+    """d mean/dx = 1/M, d var/dx = 2 (x - mean)/M."""
+    x, mean = ctx.saved_tensors
+    pixels = x.numel() // x.shape[1]
+    per_channel = (1, -1, 1, 1)
+    centred = x - mean.view(per_channel)
+    return ((dmean.view(per_channel) + 2 * dvar.view(per_channel) * centred) / pixels).to(x.dtype)
+
+
+torch.library.register_autograd("resnet_fused::bn_stats", _backward, setup_context=_setup)

@@ -1,0 +1,140 @@
+"""The Gram form of a 1x1 convolution followed by a batch norm: the raw output is never stored.
+
+The convolution u = a W' is linear, so its batch statistics follow from those of its operand a [M, C]:
+
+    mean(u) = W mu            var(u)_k = w_k' Cov(a) w_k
+
+and so do its gradients. With dz [M, K] the gradient of z = s (u - mean(u)) + beta, s = gamma r, r = 1/std:
+
+    G       = dz' (a - mu)                       [K, C]      (pass W)
+    dgamma  = r rowsum(W * G)                    dbeta = colsum(dz)
+    dW      = s (G - r dgamma W Cov(a))
+    da      = dz (s W) - (a - mu) Q - W'(s dbeta / M),   Q = W' diag(r s dgamma / M) W     (pass D)
+
+Derivation: substitute u - mean(u) = (a - mu) W' into the batch norm's backward
+du = s (dz - dbeta/M - xhat dgamma/M) and collect terms. Nothing divides by gamma.
+
+The operand is stored centred (a minus a per-channel constant near its mean, rounded once): Cov(a) then
+suffers no cancellation however large mean/std is, and neither do the products with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .aten import POINTWISE, conv, fused_conv, has_fused_conv, wgrad1x1
+from .layout import acc_dtype
+
+_ops = torch.ops.resnet_fused
+_CENTER_SAMPLES = 1024  # pixels: any estimate within a few standard deviations of the mean will do
+
+
+class Gram(NamedTuple):
+    """What the operand's statistics are; all in the accumulation type."""
+
+    center: Tensor  # [C] subtracted from the operand before it was rounded
+    mean: Tensor  # [C] mean of the centred operand
+    cov: Tensor  # [C, C] biased covariance
+
+
+def sample_center(u: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """A per-channel constant [C] near the mean of u [N, C, H, W], or of relu(scale*u + shift): the mean of a
+    fixed sample of its pixels, rounded to u's type so that the many zeros of a ReLU are centred exactly."""
+    rows = u.permute(0, 2, 3, 1).reshape(-1, u.shape[1])  # [M, C], a view
+    sample = rows[:: max(1, rows.shape[0] // _CENTER_SAMPLES)].to(acc_dtype(u.dtype))
+    if scale is not None and shift is not None:
+        sample = torch.addcmul(shift, sample, scale).relu_()
+    return sample.mean(0).to(u.dtype).to(sample.dtype)
+
+
+def gram_of(operand: Tensor, mean: Tensor, center: Tensor) -> Gram:
+    """Statistics of a centred operand [N, C, H, W] whose mean [C] is known."""
+    pixels = operand.numel() // operand.shape[1]
+    cov = wgrad1x1(operand, operand).div_(pixels).addr_(mean, mean, alpha=-1)
+    return Gram(center, mean, cov)
+
+
+def conv_stats(gram: Gram, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch mean and biased variance, both [K], of the 1x1 conv's output, which need not exist."""
+    w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
+    mean = w @ (gram.center + gram.mean)
+    var = (w @ gram.cov).mul_(w).sum(1).clamp_min_(0)
+    return mean, var
+
+
+class Branch(NamedTuple):
+    """One 1x1 unit of a block's end: its centred operand and the affine of its batch norm."""
+
+    operand: Tensor  # [N, C, H, W], centred
+    mean: Tensor  # [C] of the operand
+    weight: Tensor  # [K, C, 1, 1]
+    scale: Tensor  # [K] gamma / std
+    beta: Tensor  # [K]
+
+
+def expand(branches: list[Branch], residual: Tensor | None, relu: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """act(sum over branches of bn(conv1x1(a)) + residual) and its mask; one or two branches.
+
+    Two branches are the expand conv and the projection: the dual GEMM. Where oneDNN serves, the scale is
+    folded into the weights and one primitive does conv, shift, add and ReLU; the shift is computed from the
+    rounded product, so that rounding the weights cannot move a channel's mean.
+    """
+    first = branches[0].operand
+    if not has_fused_conv(first):
+        return _expand_plain(branches, residual, relu, save)
+    folded = [(b.weight * b.scale.view(-1, 1, 1, 1)).to(first.dtype) for b in branches]
+    shift = torch.zeros_like(branches[0].beta)
+    for b, w in zip(branches, folded, strict=True):
+        shift = shift + b.beta - w.flatten(1).to(b.mean.dtype) @ b.mean
+    if len(branches) == 2:
+        residual = fused_conv(branches[1].operand, folded[1], None, POINTWISE)
+    y = fused_conv(first, folded[0], shift.to(first.dtype), POINTWISE, residual, relu, into_residual=len(branches) == 2)
+    return y, _ops.relu_mask(y) if relu and save else y.new_empty(0, dtype=torch.int32)
+
+
+def _expand_plain(branches: list[Branch], residual: Tensor | None, relu: bool, save: bool):
+    shifts = [b.beta - b.scale * (b.weight.flatten(1).to(b.mean.dtype) @ b.mean) for b in branches]
+    u = conv(branches[0].operand, branches[0].weight, POINTWISE)
+    if len(branches) == 1:
+        return _ops.bn_act(u, branches[0].scale, shifts[0], residual, None, None, relu, relu and save)
+    shortcut = conv(branches[1].operand, branches[1].weight, POINTWISE)
+    return _ops.bn_act(u, branches[0].scale, shifts[0], shortcut, branches[1].scale, shifts[1], relu, relu and save)
+
+
+class GramGrads(NamedTuple):
+    operand: Tensor  # [N, C, H, W], empty where it was not asked for
+    weight: Tensor  # [K, C, 1, 1]
+    gamma: Tensor  # [K]
+
+
+def gram_backward(
+    operand: Tensor,
+    gram: Gram,
+    weight: Tensor,
+    scale: Tensor,
+    rstd: Tensor,
+    dz: Tensor,
+    dbeta: Tensor,
+    need_da: bool,
+) -> GramGrads:
+    """Pass W and pass D for dz [N, K, H, W], whose pixel sums are dbeta [K]. Formulas: the module's head."""
+    pixels = dz.numel() // dz.shape[1]
+    w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
+    g = wgrad1x1(operand, dz).addr_(dbeta, gram.mean, alpha=-1)
+    dgamma = (w * g).sum(1).mul_(rstd)
+    dw = (g - (w @ gram.cov).mul_((rstd * dgamma).unsqueeze(1))).mul_(scale.unsqueeze(1))
+    if not need_da:
+        return GramGrads(dz.new_empty(0), dw.view_as(weight), dgamma)
+    q = w.t() @ (w * (rstd * scale * dgamma / pixels).unsqueeze(1))  # [C, C]
+    const = q @ gram.mean - w.t() @ (scale * dbeta / pixels)  # [C]
+    into_a = (w * scale.unsqueeze(1)).t()[:, :, None, None].to(dz.dtype)  # [C, K, 1, 1]: dgrad as a fprop
+    minus_q = q.neg_()[:, :, None, None].to(dz.dtype)
+    da = conv(dz, into_a.contiguous(), POINTWISE)
+    if has_fused_conv(operand):
+        da = fused_conv(operand, minus_q, const.to(dz.dtype), POINTWISE, da, into_residual=True)
+    else:
+        da += conv(operand, minus_q, POINTWISE) + const.to(dz.dtype).view(1, -1, 1, 1)
+    return GramGrads(da, dw.view_as(weight), dgamma)

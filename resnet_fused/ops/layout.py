@@ -1,0 +1,43 @@
+"""Layouts: every activation inside the package is a dense NHWC ("channels_last") tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Strides of a dense NHWC tensor of logical shape [N, C, H, W], exact also where a size is 1."""
+    _, c, h, w = shape
+    return (h * w * c, 1, w * c, c)
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    """`x` [N, C, H, W] with exact NHWC strides: `x` itself, a restrided view of it, or a copy."""
+    strides = nhwc_strides(x.shape)
+    if x.stride() == strides:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    # Strides along size-1 dims are free, and PyTorch leaves them as they came: make them exact.
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def empty_nhwc(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised NHWC tensor of `shape` on the device of `like`."""
+    return like.new_empty_strided(shape, nhwc_strides(shape), dtype=dtype)
+
+
+def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
+    """`t` with the dtype and strides of torch.empty_like(like), as a fake predicts it; strides of size-1 dims are free."""
+    same = all(a == b or n == 1 for a, b, n in zip(t.stride(), like.stride(), t.shape, strict=True))
+    return t if same and t.dtype == like.dtype else torch.empty_like(like).copy_(t)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of statistics, scales and sums: float64 for float64 activations, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def mask_shape(c: int, m: int) -> tuple[int, int]:
+    """Shape of the int32 bit panels that hold relu' of an [M, C] activation: [ceil(C/32), M]."""
+    return ((c + 31) // 32, m)

@@ -1,0 +1,80 @@
+"""Which plan each unit runs by, and why.
+
+An end unit (the last of a chain, or a projection) either keeps its raw output for backward, computes it again, or
+never has it: the Gram form (`ops/gram.py`). All three give the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .functional import ConvBN
+
+# The Gram form's arithmetic beyond fprop + dgrad + wgrad, as a share of them, up to which it is preferred to
+# running the convolution again (a share of 1/3).
+_GRAM_SHARE = 1 / 3
+
+
+def gram_share(pixels: int, c: int, k: int) -> float:
+    """Extra FLOPs of the Gram form over those of the plain 1x1 unit, forward and backward.
+
+    Forward M C C (Gram) + K C C (W Cov), backward M C C (a Q) + K C C (Q), against 3 M C K.
+    """
+    return 2 * (pixels + k) * c / (3 * pixels * k)
+
+
+def gram_obstacle(unit: ConvBN, x_shape: tuple[int, ...], projection: bool) -> str | None:
+    """Why a unit cannot, or should not, take the Gram form; None if it should."""
+    k, c, r, s = unit.weight.shape
+    if (r, s) != (1, 1) or unit.groups != 1 or unit.padding != (0, 0):
+        return "not a dense 1x1 convolution"
+    if not unit.batch_stats:
+        return "statistics are given, not the batch's"
+    if unit.stride[0] != unit.stride[1] or (unit.stride != (1, 1) and not projection):
+        return "strided"
+    n, _, p, q = unit.geometry.out_shape(x_shape, unit.weight.shape)
+    share = gram_share(n * p * q, c, k)
+    if share > _GRAM_SHARE:
+        return f"the Gram form would add {share:.0%} of arithmetic"
+    return None
+
+
+def plan_end(
+    unit: ConvBN, x_shape: tuple[int, ...], projection: bool, memory: str, dtype: torch.dtype
+) -> tuple[str, str]:
+    """(plan, reason) of an end unit with input shape [N, C, H, W]."""
+    if memory == "fast":
+        return "keep", "memory='fast'"
+    if unit.weight.shape[2:] != (1, 1):
+        return "keep", "running a k x k convolution again costs more than its output"
+    obstacle = gram_obstacle(unit, x_shape, projection)
+    if obstacle is None:
+        return "gram", "its statistics follow from its operand's Gram matrix"
+    return "recompute", obstacle
+
+
+def plan_units(
+    x_shape: tuple[int, ...], units: Sequence[ConvBN], projected: bool, memory: str, dtype: torch.dtype
+) -> list[str]:
+    """The plan of every unit of a block; the projection is the last of `units` if `projected`."""
+    return [plan for plan, _ in explain_units(x_shape, units, projected, memory, dtype)]
+
+
+def explain_units(
+    x_shape: tuple[int, ...], units: Sequence[ConvBN], projected: bool, memory: str, dtype: torch.dtype
+) -> list[tuple[str, str]]:
+    """(plan, reason) of every unit."""
+    last = len(units) - 1 - projected
+    shape = x_shape
+    plans: list[tuple[str, str]] = []
+    for i, unit in enumerate(units[: last + 1]):
+        inner = ("keep", "its activation is recomputed from its raw output")
+        plans.append(plan_end(unit, shape, False, memory, dtype) if i == last else inner)
+        shape = unit.geometry.out_shape(shape, unit.weight.shape)
+    if projected:
+        plans.append(plan_end(units[-1], x_shape, True, memory, dtype))
+    return plans

@@ -1,0 +1,44 @@
+"""Where `explain` listens: the fused ops report every call to the innermost active recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+
+class Call(NamedTuple):
+    """One call of a fused op."""
+
+    x_shape: tuple[int, ...]
+    dtype: torch.dtype
+    units: tuple  # the ConvBN units of the main path
+    shortcut: object
+    spec: object  # the BlockSpec, the stem's Pool, or None where plain PyTorch ran
+    reason: str | None  # why plain PyTorch ran
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("resnet_fused_calls", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """The list that fused ops append their calls to, inside the context."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def record(x, units, shortcut, spec, reason: str | None) -> None:
+    """Report a call; free when nobody records."""
+    if torch.compiler.is_compiling():
+        return
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(Call(tuple(x.shape), x.dtype, tuple(units), shortcut, spec, reason))

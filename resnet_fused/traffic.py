@@ -1,0 +1,132 @@
+"""Bytes that a unit moves through memory, forward and backward: eager PyTorch's and ours, counted by passes.
+
+A pass is one read or one write of a whole activation. Eager's, in training (an op's passes over its tensors):
+
+    conv      read input, write output           dgrad: read dout, write din;  wgrad: read dout, input
+    norm      read input twice, write output     backward: read dout and input twice, write din
+    relu      read, write (in place)             backward: read dout and output, write din
+    add       read both, write                   backward: add the two gradients of x: read both, write
+
+Ours is what `ops/block.py` executes, op by op. Per-channel vectors and weights are left out: they are small.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from .ops.block import BlockSpec
+
+
+class Bytes(NamedTuple):
+    """Traffic of a forward and a backward pass, and what is kept between them."""
+
+    forward: float
+    backward: float
+    saved: float
+
+    @property
+    def moved(self) -> float:
+        return self.forward + self.backward
+
+
+class Sizes(NamedTuple):
+    """Bytes of a block's activations."""
+
+    x: int
+    outs: list[int]  # of each chain unit's raw output, equal to its activation's
+    shortcut: int  # 0 without a shortcut
+    projected: bool
+    mask: float
+
+    @property
+    def ins(self) -> list[int]:
+        return [self.x, *self.outs[:-1]]
+
+
+def sizes_of(x_shape: tuple[int, ...], itemsize: int, units: tuple, spec: BlockSpec) -> Sizes:
+    """Sizes for ConvBN `units` (main path only) and the block's spec."""
+    shape, outs = x_shape, []
+    for unit in units:
+        shape = unit.geometry.out_shape(shape, unit.weight.shape)
+        outs.append(math.prod(shape) * itemsize)
+    n, k, p, q = shape
+    mask = 4 * math.ceil(k / 32) * n * p * q if spec.relu else 0
+    return Sizes(math.prod(x_shape) * itemsize, outs, 0 if spec.shortcut == "none" else outs[-1],
+                 spec.shortcut == "projection", mask)  # fmt: skip
+
+
+def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
+    """Eager PyTorch's passes in a training step (see the module's head)."""
+    fwd = bwd = saved = 0.0
+    for i, (a, u) in enumerate(zip(s.ins, s.outs, strict=True)):
+        last = i == len(s.outs) - 1
+        relu = not last or spec.relu
+        fwd += (a + u) + 3 * u + 2 * u * relu
+        bwd += 3 * u * relu + 5 * u + (u + a) + (u + a)
+        saved += u + u * relu
+    y = s.outs[-1]
+    if s.shortcut:
+        fwd += 2 * y + y
+        bwd += 3 * s.x
+    if s.projected:
+        fwd += s.x + y + 3 * y
+        bwd += 5 * y + 2 * (y + s.x)
+        saved += y
+    return Bytes(fwd, bwd, saved + s.x)
+
+
+def _end_bytes(plan: str, a: float, u: float, prologue: bool) -> Bytes:
+    """An end unit before the join, and its backward after dz; `a` is its operand's size, `u` its output's."""
+    operand = 2 * a if prologue else 0  # read the raw output, write the activation
+    if plan == "gram":
+        operand = 2 * a
+        forward = operand + 2 * a  # the Gram product reads its operand on both sides
+        return Bytes(forward, operand + (a + u) + (u + a) + 3 * a, 0)
+    backward = operand + 2 * u + 3 * u + (u + a) + (u + a)
+    if plan == "recompute":
+        backward += a + u
+    return Bytes(operand + (a + u) + u, backward, u if plan == "keep" else 0)
+
+
+def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
+    """What `ops/block.py` moves through ATen convolutions and the fused tails."""
+    last = len(s.outs) - 1
+    fwd = bwd = 0.0
+    saved = s.x + s.mask
+    for i, (a, u) in enumerate(zip(s.ins[:-1], s.outs[:-1], strict=True)):
+        operand = 2 * a if i else 0
+        fwd += operand + (a + u) + u
+        bwd += 2 * u + 3 * u + operand + (u + a) + (u + a)
+        saved += u
+    y = s.outs[last]
+    ends = [_end_bytes(spec.units[last].plan, s.ins[-1], y, last > 0)]
+    if s.projected:
+        ends.append(_end_bytes(spec.units[-1].plan, s.x, y, False))
+    for end in ends:
+        fwd, bwd, saved = fwd + end.forward, bwd + end.backward, saved + end.saved
+    grams = sum(u.plan == "gram" for u in spec.units)
+    # The join reads each operand (a Gram unit's instead of its raw output), writes y and the mask.
+    joined = s.ins[-1] if spec.units[last].plan == "gram" else y
+    fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
+    bwd += (2 * y + s.mask) if spec.relu else y
+    if s.shortcut:
+        bwd += s.x if last > 0 and not s.projected else 3 * s.x
+    return Bytes(fwd, bwd, saved)
+
+
+def block_bytes(call: Any) -> tuple[Bytes, Bytes]:
+    """(eager, ours) of a recorded call."""
+    sizes = sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
+    return eager_bytes(sizes, call.spec), fused_bytes(sizes, call.spec)
+
+
+def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:
+    """(eager, ours) of batch norm + ReLU + max pool on u [N, C, H, W]; the argmax is int64 there and int8 here."""
+    n, c, h, w = call.x_shape
+    pool = call.spec
+    pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
+    u, p = math.prod(call.x_shape) * call.dtype.itemsize, pooled * call.dtype.itemsize
+    eager = Bytes(3 * u + 2 * u + (u + p + 8 * pooled), (p + 8 * pooled + u) + 3 * u + 5 * u, 2 * u + 8 * pooled)
+    ours = Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
+    return eager, ours
