@@ -25,7 +25,9 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(EXT): $(VENV)/.installed setup.py resnet_fused/_toolchain.py $(CSRC)
-	$(PY) setup.py -q build_ext --inplace
+	mkdir -p build
+	$(PY) setup.py build_ext --inplace >build/extension.log 2>&1 || { cat build/extension.log; exit 1; }
+	grep '^resnet_fused:' build/extension.log
 	touch $@
 
 setup: $(EXT)  ## a virtual environment with everything, and the extension built in place

@@ -6,6 +6,7 @@ from . import functional, reference
 from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct
 from .convert import fuse_, unfuse_
 from .explain import explain
+from .inference import optimize_for_inference
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse_",
+    "optimize_for_inference",
     "reference",
     "unfuse_",
 ]

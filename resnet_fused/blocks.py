@@ -150,7 +150,7 @@ class BNReLUMaxPool(nn.BatchNorm2d):
 
     def composed_reason(self, x: Tensor) -> str | None:
         """Why eager PyTorch must run this call."""
-        return functional.fallback_reason(x, [self])  # type: ignore[list-item]
+        return functional.fallback_reason(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, P, Q], the pooled size."""
@@ -166,7 +166,7 @@ class BNReLUMaxPool(nn.BatchNorm2d):
             raise ValueError(f"x has shape {list(x.shape)}, expected {self.num_features} channels")
         batch_stats = self.training or self.running_mean is None
         if batch_stats and n * h * w == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         acc = acc_dtype(x.dtype)
 
         def vector(t: Tensor | None, default: float) -> Tensor:
@@ -182,7 +182,8 @@ class BNReLUMaxPool(nn.BatchNorm2d):
             batch_stats,
             self.pool,
         )
-        if self.training and self.running_mean is not None and self.running_var is not None:
+        moves = self.training and self.track_running_stats
+        if moves and self.running_mean is not None and self.running_var is not None:
             factor = reference.average_factor(self.num_batches_tracked, self.momentum)
             functional.move_running(self.running_mean, self.running_var, mean, var, n * h * w, factor)
         return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +18,14 @@ def check_memory(memory: str) -> None:
         raise ValueError(f'memory is {memory!r}, expected "lean" or "fast"')
 
 
-def fallback_reason(x: Tensor, units: Sequence[ConvBN]) -> str | None:
+def fallback_reason(x: Tensor, has_norm: bool = True) -> str | None:
     """Why eager PyTorch, which takes these arguments, must run them; None if the fused ops can."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a Tensor")
-    if not units:
-        raise ValueError("units is empty, expected at least one ConvBN")
     if x.dim() == 4 and x.numel() == 0:
         return "empty input"
+    if x.dim() == 3 and not has_norm:
+        return "no batch dimension"  # which a convolution takes and a batch norm does not
     if x.dtype.is_complex:
         return f"{x.dtype} has no kernel"
     if x.device.type not in ("cpu", "cuda"):
@@ -74,7 +73,9 @@ def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> 
             f"does not fit into an input of shape {list(x_shape)}"
         )
     if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)} ({name})")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
+        )
     return shape
 
 

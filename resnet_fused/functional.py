@@ -90,8 +90,10 @@ def residual_block(
     the backward of `resnet_fused.ops.block`. Second derivatives raise.
     """
     check_memory(memory)
+    if not units:
+        raise ValueError("units is empty, expected at least one ConvBN")
     everything = [*units, shortcut] if isinstance(shortcut, ConvBN) else list(units)
-    reason = fallback_reason(x, everything)
+    reason = fallback_reason(x, any(unit.has_norm for unit in everything))
     if reason is not None:
         record(x, units, shortcut, None, reason)
         return reference.residual_block(x, units, shortcut, relu)
@@ -185,10 +187,10 @@ def _flat(unit: ConvBN, x: Tensor) -> tuple[Tensor, ...]:
         return unit.weight, vector(None, 1), vector(unit.bias, 0), vector(None, 0), vector(None, 1)
     gamma, beta = vector(unit.gamma, 1), vector(unit.beta, 0)
     if unit.batch_stats:
-        empty = x.new_empty((0,), dtype=acc)
+        mean, var = (x.new_empty((0,), dtype=acc) for _ in range(2))  # not one twice: torch.compile refuses that
         if unit.bias is not None:  # the batch's mean takes it away again: its gradient is zero
             beta = beta + 0 * unit.bias.to(acc)
-        return unit.weight, gamma, beta, empty, empty
+        return unit.weight, gamma, beta, mean, var
     mean, var = vector(unit.running_mean, 0), vector(unit.running_var, 1)
     if unit.bias is not None:
         beta = beta + gamma * torch.rsqrt(var + unit.eps) * unit.bias.to(acc)

@@ -28,7 +28,7 @@ def hook_reason(name: str, module: nn.Module) -> str | None:
     for attribute in _HOOKS:
         if getattr(module, attribute, None):
             return f"{name} has a {attribute.strip('_').replace('_', ' ').removesuffix('s')}"
-    return None
+    return f"{name}.forward is replaced" if "forward" in vars(module) else None
 
 
 def global_hook_reason() -> str | None:
@@ -72,12 +72,13 @@ def convbn_of(conv: nn.Conv2d, bn: Any) -> ConvBN:
     if isinstance(bn, nn.Identity):
         return ConvBN(**where, has_norm=False, training=False)
     frozen = is_frozen_norm(bn)
+    rests = not frozen and bn.training and not bn.track_running_stats  # its buffers serve only in eval mode
     return ConvBN(
         **where,
         gamma=bn.weight,
         beta=bn.bias,
-        running_mean=bn.running_mean,
-        running_var=bn.running_var,
+        running_mean=None if rests else bn.running_mean,
+        running_var=None if rests else bn.running_var,
         num_batches_tracked=None if frozen else bn.num_batches_tracked,
         training=not frozen and bn.training,
         momentum=None if frozen else bn.momentum,

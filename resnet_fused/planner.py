@@ -39,7 +39,7 @@ def gram_obstacle(unit: ConvBN, x_shape: tuple[int, ...], projection: bool) -> s
     n, _, p, q = unit.geometry.out_shape(x_shape, unit.weight.shape)
     share = gram_share(n * p * q, c, k)
     if share > _GRAM_SHARE:
-        return f"the Gram form would add {share:.0%} of arithmetic"
+        return f"the Gram form would add {round(100 * share)}% of arithmetic"
     return None
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import models
+from .console import make_console
 from .data import Digits, mnist_5k, require
 from .evaluate import accuracy, save_checkpoint
 
@@ -76,7 +77,8 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", console=None) -> Ru
     A seed gives the same weights again on the same machine. On Ctrl-C the best checkpoint and the
     curve so far stay. Raises DivergenceError, naming the iteration, once the loss is not finite.
     """
-    console = console or require("rich.console", "training").Console()
+    console = console or make_console()
+    folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the first epoch
     train_set, test_set = mnist_5k()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -178,5 +180,4 @@ def plot_curve(run: Run) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    run.folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(run.curve, dpi=120)

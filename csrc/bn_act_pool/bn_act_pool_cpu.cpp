@@ -5,16 +5,18 @@
 namespace resnet_fused {
 namespace {
 
-// One tap of a window: the first maximum wins, but a NaN over anything before it, as in PyTorch.
+// One tap of a window: the first maximum wins, but a NaN over anything before it, as in PyTorch. Written as
+// selects of one comparison each: GCC does not vectorise a select on the union of two.
 template <class T, class Acc>
 RF_INLINE void take_max(const T* __restrict x, const Acc* __restrict scale, const Acc* __restrict shift,
                         int32_t tap, Acc* __restrict best, int32_t* __restrict arg, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const Acc z = scale[i] * load(x[i]) + shift[i];
     const Acc a = z < 0 ? Acc(0) : z;
-    const bool wins = (a > best[i]) | (a != a);
-    best[i] = wins ? a : best[i];
-    arg[i] = wins ? tap : arg[i];
+    const Acc max = a > best[i] ? a : best[i];
+    const int32_t max_tap = a > best[i] ? tap : arg[i];
+    best[i] = a != a ? a : max;
+    arg[i] = a != a ? tap : max_tap;
   }
 }
 

@@ -49,6 +49,11 @@ inline std::string to_string(ScalarType type) {
   }
 }
 
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "another device:") + std::to_string(t.get_device_index());
+}
+
 inline Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
 inline DType dtype_of(const Tensor& t) {
@@ -176,7 +181,8 @@ class Checks {
   }
 
   void device(const char* name, const Tensor& t) const {
-    require(t.device() == main_->device(), name, " is on another device than ", main_name_);
+    require(t.device() == main_->device(), name, " is on ", device_name(t), ", expected ",
+            device_name(*main_), " (that of ", main_name_, ")");
   }
 
  private:

@@ -28,7 +28,7 @@ def empty_nhwc(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None =
 
 
 def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
-    """`t` with the dtype and strides of torch.empty_like(like), as a fake predicts it; strides of size-1 dims are free."""
+    """`t` with the dtype and strides of torch.empty_like(like), as a fake predicts it (size-1 dims are free)."""
     same = all(a == b or n == 1 for a, b, n in zip(t.stride(), like.stride(), t.shape, strict=True))
     return t if same and t.dtype == like.dtype else torch.empty_like(like).copy_(t)
 

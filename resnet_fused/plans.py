@@ -1,0 +1,162 @@
+"""The plans of the CUDA kernels, by ctypes: what would be launched for a problem, or why nothing is.
+
+    p = plan("bn_stats", {"dtype": torch.bfloat16, "M": 50176, "C": 64}, arch=90)
+    p.reason, p.workspace, [(s.symbol, s.grid, s.block) for s in p.steps]
+
+The plans are host code: they need neither a GPU nor a CUDA build. `csrc/<op>/<op>.h` has the problems' fields.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from ctypes import c_char, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+
+import torch
+
+from . import _C
+
+_library = ctypes.CDLL(_C.__file__)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/common/dtype.h
+
+
+def _problem(*, flags: str = "", sizes: str = "M C", buffers: str) -> type[ctypes.Structure]:
+    """Mirror of a C++ problem: dtype, then int32 flags, then int64 sizes, then pointers."""
+    fields: list[tuple[str, type]] = [("dtype", c_int32), *((name, c_int32) for name in flags.split())]
+    fields += [(name, c_int64) for name in sizes.split()] + [(name, c_void_p) for name in buffers.split()]
+    return type("Problem", (ctypes.Structure,), {"_fields_": fields})
+
+
+_POOL = {"flags": "kernel stride padding", "sizes": "N H W C"}
+_PROBLEMS = {
+    "bn_stats": _problem(buffers="x mean var workspace"),
+    "bn_act": _problem(flags="relu", buffers="x scale shift residual residual_scale residual_shift y mask"),
+    "relu_mask": _problem(buffers="y mask"),
+    "bn_act_backward_reduce": _problem(buffers="dy mask scale shift x mean dz sum_dz sum_dz_xc workspace"),
+    "bn_act_backward_apply": _problem(buffers="dy mask scale shift x mean coef_dz coef_x coef_1 dx"),
+    "gram_operand": _problem(flags="relu", sizes="N H W C stride", buffers="x scale shift center a mean workspace"),
+    "bn_act_pool": _problem(**_POOL, buffers="x scale shift y argmax"),
+    "bn_act_pool_backward": _problem(**_POOL, buffers="dy argmax da"),
+}
+OPS = tuple(_PROBLEMS)
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("symbol", c_char * 64),
+        ("source", c_char * 64),
+        ("grid", c_uint32 * 3),
+        ("block", c_uint32 * 3),
+        ("smem", c_uint32),
+        ("params_size", c_uint32),
+        ("params", c_uint64 * 28),  # bytes, 8-byte aligned
+    )
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (("reason", c_char * 160), ("workspace", c_int64), ("count", c_int32), ("steps", _Step * 2))
+
+
+class Launch(ctypes.Structure):
+    """What a launcher gets: symbol (bytes), grid and block (three numbers each), smem, params and params_size."""
+
+    _fields_ = (
+        ("symbol", ctypes.c_char_p),
+        ("grid", c_uint32 * 3),
+        ("block", c_uint32 * 3),
+        ("smem", c_uint32),
+        ("params", c_void_p),
+        ("params_size", c_size_t),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel launch. `params` is the kernel's only argument, by value."""
+
+    symbol: str
+    source: str  # file in csrc/
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    smem: int
+    params: bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches for a problem, in order; `reason` says why there are none, and is empty where there are."""
+
+    reason: str
+    workspace: int  # float32 elements
+    steps: tuple[Step, ...]
+
+
+def plan(
+    op: str,
+    problem: Mapping[str, int | torch.dtype],
+    arch: int = 80,
+    buffers: Mapping[str, int] | None = None,
+) -> Plan:
+    """Plans `op` for a compute capability times ten.
+
+    problem: dtype, flags and sizes by name, as in the op's problem struct. buffers: addresses by name; one that is
+    absent is a null pointer, which for an optional operand means that it is not there. Raises KeyError for an op
+    or a name that does not exist.
+    """
+    kind = _PROBLEMS[op]
+    given = {**problem, **(buffers or {})}
+    if unknown := given.keys() - {field[0] for field in kind._fields_}:
+        raise KeyError(f"{op} has no {', '.join(sorted(unknown))}")
+    values = {name: _DTYPES[v] if isinstance(v, torch.dtype) else int(v) for name, v in given.items()}
+    result = _Plan()
+    _library[f"resnet_fused_plan_{op}"](ctypes.byref(kind(**values)), arch, ctypes.byref(result))
+    if result.reason:
+        return Plan(result.reason.decode(), 0, ())
+    return Plan("", result.workspace, tuple(_step(result.steps[i]) for i in range(result.count)))
+
+
+def _step(step: _Step) -> Step:
+    grid, block = step.grid, step.block
+    return Step(
+        symbol=step.symbol.decode(),
+        source=step.source.decode(),
+        grid=(grid[0], grid[1], grid[2]),
+        block=(block[0], block[1], block[2]),
+        smem=step.smem,
+        params=bytes(step.params)[: step.params_size],
+    )
+
+
+def has_cuda() -> bool:
+    """Whether the extension was built with the CUDA kernels."""
+    return bool(_library.resnet_fused_has_cuda())
+
+
+@contextmanager
+def launcher(launch: Callable[[Launch], None]) -> Iterator[None]:
+    """Within the block every kernel launch, of ops on CPU tensors too, goes to `launch` instead of CUDA.
+
+    What `launch` raises is raised by the block.
+    """
+    raised: list[BaseException] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch), c_void_p)
+    def callback(launch_pointer: ctypes._Pointer[Launch], _stream: int | None) -> int:
+        try:
+            launch(launch_pointer.contents)
+        except BaseException as error:
+            raised.append(error)
+            return 1
+        return 0
+
+    _library.resnet_fused_set_launcher(callback)
+    try:
+        yield
+    except RuntimeError:
+        if raised:
+            raise raised[0] from None
+        raise
+    finally:
+        _library.resnet_fused_set_launcher(None)

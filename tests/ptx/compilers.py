@@ -1,0 +1,82 @@
+"""PTX from the compilers that are at hand: nvcc for CUDA C++, Triton for its kernels. Neither needs a GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from .build import cache_dir
+
+
+def find_nvcc() -> str | None:
+    """nvcc on the PATH, under CUDA_HOME, or from the wheels of the CUDA toolkit; None if there is none."""
+    candidates = [shutil.which("nvcc")]
+    if os.environ.get("CUDA_HOME"):
+        candidates.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    for site in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
+        candidates += [str(p) for p in sorted(Path(site).glob("nvidia/cu*/bin/nvcc"))]
+    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+@functools.cache
+def nvcc(source: str, arch: str = "sm_80", flags: tuple[str, ...] = ()) -> str:
+    """The PTX of CUDA C++ source text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cu"
+        path.write_text(source)
+        return _run_nvcc(path, arch, flags)
+
+
+def nvcc_file(
+    path: Path | str, arch: str = "sm_80", includes: Iterable[Path | str] = (), flags: Iterable[str] = ()
+) -> str:
+    """The PTX of a CUDA C++ file; kept on disk by the hash of it, of all headers under `includes` and of the flags."""
+    key = hashlib.sha256(" ".join([arch, find_nvcc() or "", *flags]).encode())
+    for folder in map(Path, includes):
+        for header in sorted([*folder.rglob("*.h"), *folder.rglob("*.cuh")]):
+            key.update(header.read_bytes())
+    key.update(Path(path).read_bytes())
+    kept = cache_dir() / "ptx" / f"{Path(path).stem}-{arch}-{key.hexdigest()[:16]}.ptx"
+    if not kept.exists():
+        text = _run_nvcc(Path(path), arch, (*flags, *(f"-I{folder}" for folder in includes)))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.rename(kept)
+    return kept.read_text()
+
+
+def _run_nvcc(path: Path, arch: str, flags: Iterable[str]) -> str:
+    compiler = find_nvcc()
+    if compiler is None:
+        raise FileNotFoundError("no nvcc: install the CUDA toolkit or its nvidia-cuda-nvcc wheel")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernel.ptx"
+        command = [compiler, "-ptx", f"-arch={arch}", "-std=c++17", *flags, str(path), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed:\n{done.stderr}")
+        return out.read_text()
+
+
+def triton(fn, signature: dict[str, str], constants: dict, cc: int = 80, divisible: tuple[str, ...] = (), **options):
+    """A compiled Triton kernel (its .asm["ptx"], .metadata.shared, .metadata.num_warps, .metadata.name).
+
+    signature: argument name -> type ("*fp32", "i32", ...); the names in `constants` are constexpr.
+    divisible: the arguments that are known to be multiples of 16, as Triton's launcher finds out by itself.
+    """
+    import triton as tt
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = fn.arg_names
+    full = {name: "constexpr" if name in constants else signature[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    return tt.compile(ASTSource(fn, full, constants, attributes), target=GPUTarget("cuda", cc, 32), options=options)

@@ -1,0 +1,184 @@
+"""`optimize_for_inference`: the folded, packed copy equals the model in eval mode, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused as rf
+
+torchvision_models = pytest.importorskip("torchvision.models")
+timm = pytest.importorskip("timm")
+
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Statistics and affine parameters that a trained model could have: nothing is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+                (module.weight.data, 0.3, 0.9),
+                (module.bias.data, -0.3, 0.3),
+            ):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return model.eval()
+
+
+def images(n: int = 2, size: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@torch.no_grad()
+def assert_equal_within_rule(model: nn.Module, optimized: nn.Module, x: torch.Tensor) -> None:
+    exact = copy.deepcopy(model).double()(x.double())
+    eager, ours = model(x), optimized(x)
+    assert ours.dtype == eager.dtype
+    assert ours.shape == eager.shape
+    assert error(ours, exact) <= 2 * error(eager, exact) + FLOOR[x.dtype]
+
+
+NETWORKS = {
+    "resnet18": torchvision_models.resnet18,
+    "resnet50": torchvision_models.resnet50,
+    "resnext50": torchvision_models.resnext50_32x4d,
+    "wide_resnet50": torchvision_models.wide_resnet50_2,
+    "timm-resnet18": lambda: timm.create_model("resnet18"),
+    "timm-resnet50d": lambda: timm.create_model("resnet50d"),
+    "timm-seresnet50": lambda: timm.create_model("seresnet50"),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_eager_eval(name, fused):
+    model = randomised(NETWORKS[name]())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    source = copy.deepcopy(model)
+    if fused:
+        rf.fuse_(source)
+    optimized = rf.optimize_for_inference(source, images())
+    assert_equal_within_rule(model, optimized, images())
+    assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items()), "the source model was changed"
+    if name in ("resnet18", "resnet50", "resnext50", "wide_resnet50", "timm-resnet18"):
+        assert not optimized.report.left
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.modules())
+
+
+def test_report_names_what_was_left():
+    optimized = rf.optimize_for_inference(timm.create_model("seresnet50").eval(), images())
+    assert "layer1.0" in optimized.report.left
+    assert "se is a" in optimized.report.left["layer1.0"]
+    assert "left as they were" in str(optimized.report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model = randomised(torchvision_models.resnet18()).to(dtype)
+    assert_equal_within_rule(model, rf.optimize_for_inference(model, images(dtype=dtype)), images(dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, (64, 64)), (5, (96, 80)), (3, (65, 63))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_other_sizes_and_layouts(shape, layout):
+    model = randomised(torchvision_models.resnet18())
+    optimized = rf.optimize_for_inference(model, images())
+    assert_equal_within_rule(model, optimized, images(*shape).contiguous(memory_format=layout))
+
+
+def test_without_onednn():
+    model = randomised(torchvision_models.resnet18())
+    optimized = rf.optimize_for_inference(model, images())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_equal_within_rule(model, optimized, images())
+
+
+def test_copies_pickles_and_state_dicts_give_the_same():
+    x = images()
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), x)
+    other = rf.optimize_for_inference(randomised(torchvision_models.resnet18(), seed=5), x)
+    with torch.no_grad():
+        y = optimized(x)
+        assert torch.equal(copy.deepcopy(optimized)(x), y)
+        assert torch.equal(pickle.loads(pickle.dumps(optimized))(x), y)
+        assert not torch.equal(other(x), y)
+        other.load_state_dict(optimized.state_dict())  # packed weights of before must not be used
+        assert torch.equal(other(x), y)
+
+
+def test_converting_the_copy_drops_the_packed_weights():
+    x = images()
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), x)
+    with torch.no_grad():
+        y = optimized(x)
+        z = optimized.to(torch.bfloat16)(x.bfloat16())
+    assert error(z, y.double()) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["conv bias", "no affine", "two names", "single block", "conv unit"])
+def test_unusual_structures(kind):
+    torch.manual_seed(0)
+    block = rf.reference.BasicBlock(8, 8)
+    if kind == "conv bias":
+        block.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=True)
+    if kind == "no affine":
+        block.bn1 = nn.BatchNorm2d(8, affine=False)
+    model: nn.Module = nn.Sequential(block, nn.Conv2d(8, 8, 1))
+    if kind == "two names":
+        model = nn.Sequential(block, nn.Tanh(), block)
+    if kind == "single block":
+        model = block
+    if kind == "conv unit":
+        model = rf.ConvBNAct(8, 16, 3, padding=1)
+    model.train()
+    for _ in range(2):
+        model(torch.randn(4, 8, 9, 9))
+    model.eval()
+    x = torch.randn(2, 8, 9, 9)
+    optimized = rf.optimize_for_inference(model, x)
+    assert optimized.report.folded
+    assert_equal_within_rule(model, optimized, x)
+
+
+def test_what_cannot_fold_is_left():
+    block = rf.BasicBlock(8, 8)
+    block.bn1 = nn.BatchNorm2d(8, track_running_stats=False)
+    optimized = rf.optimize_for_inference(nn.Sequential(block), torch.randn(2, 8, 9, 9))
+    assert "running statistics" in optimized.report.left["0"]
+    hooked = rf.BasicBlock(8, 8)
+    hooked.conv1.register_forward_hook(lambda *args: None)
+    optimized = rf.optimize_for_inference(nn.Sequential(hooked), torch.randn(2, 8, 9, 9))
+    assert "hook" in optimized.report.left["0"]
+
+
+def test_refusals():
+    x = images()
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), x)
+    with pytest.raises(RuntimeError, match="optimize_for_inference"):
+        optimized.train()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        optimized(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"bfloat16, expected torch.float32"), torch.no_grad():
+        optimized(x.bfloat16())
+    with pytest.raises(TypeError, match="model is a int"):
+        rf.optimize_for_inference(3, x)
+    with pytest.raises(ValueError, match="example_input"):
+        rf.optimize_for_inference(torchvision_models.resnet18(), x[0])
+    assert not optimized(x).requires_grad
+
+
+def test_empty_batch():
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), images())
+    with torch.no_grad():
+        assert optimized(torch.empty(0, 3, 64, 64)).shape == (0, 1000)

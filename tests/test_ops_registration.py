@@ -1,0 +1,214 @@
+"""Every op of the namespace: schema, fake, autograd and tracing by opcheck, and gradients of direct calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Case, random_case, random_unit
+from torch import Tensor
+
+from resnet_fused.ops.residual_block import encode
+from resnet_fused.recorder import recording
+
+OPS = torch.ops.resnet_fused
+DTYPES = [torch.float32, torch.bfloat16]
+# Steps of a larger op: a gradient asked of them raises.
+STEPS = ("relu_mask", "gram_operand", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_pool_backward")
+
+
+def activation(c: int, dtype: torch.dtype, *, grad: bool = False, n: int = 2, h: int = 5, w: int = 4) -> Tensor:
+    x = torch.randn(n, c, h, w).to(dtype).to(memory_format=torch.channels_last)
+    return x.requires_grad_(grad)
+
+
+def vectors(count: int, c: int, dtype: torch.dtype, *, grad: bool = False) -> list[Tensor]:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return [torch.randn(c, dtype=acc).requires_grad_(grad) for _ in range(count)]
+
+
+def block_args(case: Case) -> tuple:
+    """The arguments of torch.ops.resnet_fused.residual_block for a case with norms and without biases."""
+    with recording() as calls:
+        case.fused()
+    spec = calls[0].spec
+    projected = spec.shortcut == "projection"
+    units = [*case.units, case.shortcut] if projected else list(case.units)
+    empty = case.x.new_empty(0)
+    given = [(empty, empty) if u.batch_stats else (u.running_mean, u.running_var) for u in units]
+    lists = [[u.weight for u in units], [u.gamma for u in units], [u.beta for u in units]]
+    residual = case.shortcut if isinstance(case.shortcut, Tensor) else None
+    return (case.x, residual, *lists, *(list(t) for t in zip(*given, strict=True)), *encode(spec), True)
+
+
+def detached(arg: Any) -> Any:
+    """A tensor, or a list of them, cut from its graph; anything else as it is."""
+    if isinstance(arg, list):
+        return [detached(a) for a in arg]
+    return arg.detach() if isinstance(arg, Tensor) else arg
+
+
+def backward_args(case: Case) -> tuple:
+    """The arguments of torch.ops.resnet_fused.residual_block_backward after such a forward."""
+    args = tuple(map(detached, block_args(case)))
+    x, residual, *lists = args[:7]
+    config, eps = args[7:-1], args[8]
+    y, *rest = OPS.residual_block(*args)
+    n_stats = 2 * sum(args[7][7::10])  # the units' batch_stats flags
+    needs = (True, residual is not None, [True] * len(eps))
+    return (torch.randn_like(y), x, *lists, rest[:n_stats], rest[n_stats:], *config, *needs)
+
+
+def blocks(dtype: torch.dtype) -> list[Case]:
+    return [
+        random_case(3, "projection", size=6, width=2).to(dtype),
+        random_case(2, "tensor", last_kernel=3, width=2, training=False, relu=False).to(dtype),
+    ]
+
+
+def samples(name: str, dtype: torch.dtype) -> list[tuple]:
+    """Argument lists of op `name`; where it has a derivative, its tensors ask for gradients."""
+    if name == "residual_block":
+        return [block_args(case) for case in blocks(dtype)]
+    if name == "residual_block_backward":
+        return [backward_args(case) for case in blocks(dtype)]
+    grad = name not in STEPS
+    out: list[tuple] = []
+    for c in (3, 40):
+        x, dy = activation(c, dtype, grad=grad), activation(c, dtype, grad=grad)
+        scale, shift, mean, *coefs = vectors(6, c, dtype, grad=grad)
+        mask = OPS.relu_mask(activation(c, dtype))
+        pooled = activation(c, dtype, h=3, w=2, grad=grad)
+        argmax = torch.full_like(pooled, 4, dtype=torch.int8)
+        out += {
+            "bn_stats": [(x,)],
+            "bn_act": [
+                (x, scale, shift, None, None, None, True, True),
+                (x, scale, shift, dy, None, None, True, False),
+                (x, scale, shift, dy, mean, coefs[0], False, False),
+            ],
+            "relu_mask": [(x,)],
+            "gram_operand": [(x, scale, shift, True, mean, 1), (x, None, None, False, mean, 2)],
+            "bn_act_backward_reduce": [
+                (dy, mask, x, None, None, mean, True),
+                (dy, None, x, scale, shift, mean, False),
+                (dy, None, None, None, None, None, False),
+            ],
+            "bn_act_backward_apply": [
+                (dy, mask, x, None, None, mean, *coefs),
+                (dy, None, x, scale, shift, mean, *coefs),
+            ],
+            "bn_act_pool": [(x, scale, shift, 3, 2, 1), (x, scale, shift, 2, 1, 0)],
+            "bn_act_pool_backward": [(pooled, argmax, 5, 4, 3, 2, 1)],
+        }[name]
+    return out
+
+
+def op_names() -> list[str]:
+    prefix = "resnet_fused::"
+    names = {
+        name.removeprefix(prefix).split(".")[0] for name in torch._C._dispatch_get_all_op_names() if prefix in name
+    }
+    return sorted(names)
+
+
+def test_ops_are_found() -> None:
+    assert {"bn_stats", "bn_act", "bn_act_pool", "residual_block", "residual_block_backward", *STEPS} <= set(op_names())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", op_names())
+def test_opcheck(name, dtype) -> None:
+    """A new op fails here until it has samples."""
+    for args in samples(name, dtype):
+        torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+@pytest.mark.parametrize("name", [*STEPS, "residual_block_backward"])
+def test_steps_refuse_gradients(name) -> None:
+    def asking(arg):
+        if isinstance(arg, list):
+            return [asking(a) for a in arg]
+        floats = isinstance(arg, Tensor) and arg.is_floating_point()
+        return arg.detach().requires_grad_() if floats else arg
+
+    results = getattr(OPS, name)(*map(asking, samples(name, torch.float32)[0]))
+    results = results if isinstance(results, (list, tuple)) else [results]
+    asked = [r for r in results if r.requires_grad]
+    if name == "relu_mask":  # integers carry no gradient
+        assert not asked
+        return
+    assert asked
+    with pytest.raises(RuntimeError, match=f"{name} has no derivative"):
+        asked[0].sum().backward()
+
+
+def direct(name: str, *constants, outputs: int = 1):
+    """The op as a function of its tensors, with its first `outputs` outputs."""
+
+    def call(*tensors: Tensor):
+        result = getattr(OPS, name)(*tensors, *constants)
+        return result if isinstance(result, Tensor) else tuple(result[:outputs])
+
+    return call
+
+
+def test_gradcheck_bn_stats() -> None:
+    x = activation(5, torch.float64, grad=True)
+    assert torch.autograd.gradcheck(direct("bn_stats", outputs=2), (x,))
+    assert torch.autograd.gradgradcheck(direct("bn_stats", outputs=2), (x,))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("save_mask", [True, False])
+@pytest.mark.parametrize("residuals", [0, 1, 3])
+def test_gradcheck_bn_act(relu, save_mask, residuals) -> None:
+    x = activation(5, torch.float64, grad=True)
+    given = [activation(5, torch.float64, grad=True), *vectors(2, 5, torch.float64, grad=True)][:residuals]
+    missing = (None,) * (3 - residuals)
+    call = direct("bn_act", *missing, relu, relu and save_mask)
+    assert torch.autograd.gradcheck(call, (x, *vectors(2, 5, torch.float64, grad=True), *given))
+
+
+@pytest.mark.parametrize("pool", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_gradcheck_bn_act_pool(pool) -> None:
+    x = activation(5, torch.float64, grad=True)
+    assert torch.autograd.gradcheck(
+        direct("bn_act_pool", *pool), (x, *vectors(2, 5, torch.float64, grad=True)), fast_mode=True
+    )
+
+
+def test_direct_block_trains_as_the_function_does() -> None:
+    for case in blocks(torch.float64):
+        leaves = [t for name, t in case.leaves().items()]
+        y = OPS.residual_block(*block_args(case))[0]
+        got = torch.autograd.grad(y.square().sum(), leaves)
+        want = torch.autograd.grad(case.fused().square().sum(), leaves)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_direct_block_without_saving_refuses_gradients() -> None:
+    y = OPS.residual_block(*block_args(random_case(3))[:-1], False)[0]
+    with pytest.raises(RuntimeError, match="save=False"):
+        y.sum().backward()
+
+
+def test_only_the_output_of_a_direct_block_carries_gradients() -> None:
+    _, *others = OPS.residual_block(*block_args(random_case(3)))
+    assert not any(t.requires_grad for t in others)
+
+
+def test_double_backward_of_direct_calls_raises() -> None:
+    x = activation(4, torch.float64, grad=True)
+    scale, shift = vectors(2, 4, torch.float64, grad=True)
+    calls = (
+        lambda: OPS.bn_act(x, scale, shift, None, None, None, True, True)[0],
+        lambda: OPS.bn_act_pool(x, scale, shift, 3, 2, 1)[0],
+        lambda: OPS.residual_block(*block_args(Case(x, (random_unit(4, 4),))))[0],
+    )
+    for call in calls:
+        (dx,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.autograd.grad(dx.sum(), x)

@@ -1,0 +1,265 @@
+"""The plans, and every kernel of the tails: the PTX that nvcc emits, run by the emulator as its plan says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from ptx import Module, compilers
+from torch import Tensor
+
+from resnet_fused import plans
+
+CSRC = Path(__file__).parents[1] / "csrc"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Ragged in every way: fewer channels than a panel, scalar and 16-byte variants, several panels, several blocks of rows.
+SHAPES = [(3, 1, 1, 8), (2, 5, 7, 3), (1, 9, 15, 16), (2, 6, 11, 33), (3, 7, 9, 72), (1, 5, 5, 264)]
+
+ops = torch.ops.resnet_fused
+
+
+@functools.cache
+def module(source: str) -> Module:
+    text = (CSRC / source).read_text()
+    return Module(compilers.nvcc(text, flags=(f"-I{CSRC}", "-O3")))
+
+
+def emulate(op: str, problem: Mapping[str, object], buffers: dict[str, Tensor | None], outputs: str) -> None:
+    """Runs the plan's steps on the emulator. `outputs` must be written in full, and nothing else may be touched."""
+    present = {name: t for name, t in buffers.items() if t is not None}
+    addresses = {name: t.data_ptr() for name, t in present.items()}
+    planned = plans.plan(op, problem, 80, addresses)
+    assert planned.reason == ""
+    if "workspace" in {name for name, _ in plans._PROBLEMS[op]._fields_}:
+        present["workspace"] = torch.empty(planned.workspace)
+        addresses["workspace"] = present["workspace"].data_ptr()
+        planned = plans.plan(op, problem, 80, addresses)
+    for name in [*outputs.split(), *({"workspace"} & present.keys())]:
+        present[name].untyped_storage().fill_(255)  # NaN, -1
+    for i, step in enumerate(planned.steps):
+        last = i == len(planned.steps) - 1
+        written = [present[name] for name in outputs.split()] if last and len(planned.steps) == 1 else []
+        stats = module(step.source).launch(
+            step.symbol, step.grid, step.block, [step.params], step.smem, outputs=written, buffers=present.values()
+        )
+        assert stats.shared_conflicts == 0, step.symbol
+    for name in outputs.split():
+        if present[name].is_floating_point():
+            assert not present[name].isnan().any(), f"{op} left a part of {name} unwritten"
+
+
+def activation(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """[N, C, H, W], channels_last, from (N, H, W, C)."""
+    return torch.randn(shape).to(dtype).permute(0, 3, 1, 2)
+
+
+def matrix(x: Tensor) -> dict[str, object]:
+    return {"dtype": x.dtype, "M": x.numel() // x.size(1), "C": x.size(1)}
+
+
+def vector(x: Tensor) -> Tensor:
+    return torch.randn(x.size(1))
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """Up to the order of float32 sums and a rounding of the type; bits and taps exactly."""
+    if not got.is_floating_point():
+        # one pre-activation in a few thousand lies within rounding of 0, where a fused multiply-add may differ
+        assert (got != expected).sum() <= got.numel() // 1000
+        return
+    eps = torch.finfo(got.dtype).eps
+    scale = expected.double().abs().max() if got.dim() == 1 else expected.double().abs() + 1
+    assert ((got.double() - expected.double()).abs() <= 8 * eps * scale).all()
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def x(request: pytest.FixtureRequest, dtype: torch.dtype) -> Tensor:
+    return activation(request.param, dtype)
+
+
+def test_bn_stats(x: Tensor) -> None:
+    x = (2 * x + 3).to(x.dtype)
+    mean, var = torch.empty(x.size(1)), torch.empty(x.size(1))
+    emulate("bn_stats", matrix(x), {"x": x, "mean": mean, "var": var}, "mean var")
+    wide = x.double()
+    assert_same(mean, wide.mean((0, 2, 3)))
+    assert_same(var, wide.var((0, 2, 3), unbiased=False))
+
+
+def test_bn_stats_far_from_zero() -> None:
+    x = activation((2, 20, 20, 32), torch.float32) + 1000
+    mean, var = torch.empty(32), torch.empty(32)
+    emulate("bn_stats", matrix(x), {"x": x, "mean": mean, "var": var}, "mean var")
+    expected = x.double().var((0, 2, 3), unbiased=False)
+    assert ((var - expected).abs() <= 1e-5 * expected).all()
+
+
+@pytest.mark.parametrize("residual", ["none", "plain", "affine"])
+def test_bn_act(x: Tensor, residual: str) -> None:
+    scale, shift = vector(x), vector(x)
+    r = None if residual == "none" else torch.randn_like(x)
+    rs, rt = (vector(x), vector(x)) if residual == "affine" else (None, None)
+    y, mask = ops.bn_act(x, scale, shift, r, rs, rt, True, True)
+    expected = y.clone(), mask.clone()
+    buffers = {"x": x, "scale": scale, "shift": shift, "residual": r, "residual_scale": rs, "residual_shift": rt}
+    emulate("bn_act", {**matrix(x), "relu": 1}, {**buffers, "y": y, "mask": mask}, "y mask")
+    assert_same(y, expected[0])
+    assert_same(mask, expected[1])
+
+
+def test_relu_mask_is_exact(x: Tensor) -> None:
+    mask = ops.relu_mask(x)
+    expected = mask.clone()
+    emulate("relu_mask", matrix(x), {"y": x, "mask": mask}, "mask")
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("gate", ["mask", "recompute", "none"])
+def test_bn_act_backward(x: Tensor, gate: str) -> None:
+    dy, mean = torch.randn_like(x), vector(x)
+    mask = ops.relu_mask(torch.randn_like(x)) if gate == "mask" else None
+    scale, shift = (vector(x), vector(x)) if gate == "recompute" else (None, None)
+    given = {"dy": dy, "mask": mask, "scale": scale, "shift": shift, "x": x, "mean": mean}
+
+    dz, sum_dz, sum_dz_xc = ops.bn_act_backward_reduce(dy, mask, x, scale, shift, mean, True)
+    expected = dz.clone(), sum_dz.clone(), sum_dz_xc.clone()
+    outputs = {"dz": dz, "sum_dz": sum_dz, "sum_dz_xc": sum_dz_xc}
+    emulate("bn_act_backward_reduce", matrix(x), {**given, **outputs}, "dz sum_dz sum_dz_xc")
+    assert_same(dz, expected[0])
+    magnitude = (expected[0].double().abs() * (1 + (x.double() - mean.view(-1, 1, 1)).abs())).sum((0, 2, 3))
+    for got, sums in zip((sum_dz, sum_dz_xc), expected[1:], strict=True):
+        assert ((got - sums).abs() <= 1e-6 * magnitude).all()
+
+    coefficients = [vector(x), vector(x), vector(x)]
+    dx = ops.bn_act_backward_apply(dy, mask, x, scale, shift, mean, *coefficients)
+    expected_dx = dx.clone()
+    names = dict(zip(("coef_dz", "coef_x", "coef_1"), coefficients, strict=True))
+    emulate("bn_act_backward_apply", matrix(x), {**given, **names, "dx": dx}, "dx")
+    assert_same(dx, expected_dx)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("relu", [False, True])
+def test_gram_operand(x: Tensor, stride: int, relu: bool) -> None:
+    scale, shift = (vector(x), vector(x)) if relu else (None, None)
+    center = vector(x)
+    a, mean = ops.gram_operand(x, scale, shift, relu, center, stride)
+    expected = a.clone()
+    n, c, h, w = x.shape
+    problem = {"dtype": x.dtype, "relu": relu, "N": n, "H": h, "W": w, "C": c, "stride": stride}
+    buffers = {"x": x, "scale": scale, "shift": shift, "center": center, "a": a, "mean": mean}
+    emulate("gram_operand", problem, buffers, "a mean")
+    assert_same(a, expected)
+    assert_same(mean, a.double().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (5, 3, 2)], ids=str)
+def test_bn_act_pool(x: Tensor, window: tuple[int, int, int]) -> None:
+    kernel, stride, padding = window
+    n, c, h, w = x.shape
+    if min(h, w) + 2 * padding < kernel:
+        window = kernel, stride, padding = 1, 1, 0
+    problem = {"dtype": x.dtype, "N": n, "H": h, "W": w, "C": c}
+    problem |= {"kernel": kernel, "stride": stride, "padding": padding}
+    scale, shift = vector(x), vector(x)
+    y, argmax = ops.bn_act_pool(x, scale, shift, *window)
+    expected = y.clone(), argmax.clone()
+    buffers = {"x": x, "scale": scale, "shift": shift, "y": y, "argmax": argmax}
+    emulate("bn_act_pool", problem, buffers, "y argmax")
+    assert_same(y, expected[0])
+    assert_same(argmax, expected[1])
+
+    da = ops.bn_act_pool_backward(y, argmax, h, w, *window)
+    expected_da = da.clone()
+    emulate("bn_act_pool_backward", problem, {"dy": y, "argmax": argmax, "da": da}, "da")
+    assert_same(da, expected_da)
+
+
+# ---------------------------------------------------------------------------------------- the plans themselves
+
+
+def problem_of(op: str, dtype: torch.dtype = torch.bfloat16, channels: int = 64) -> dict[str, object]:
+    sizes = {name for name, _ in plans._PROBLEMS[op]._fields_}
+    every = {"M": 3136, "N": 1, "H": 56, "W": 56, "kernel": 3, "stride": 1, "padding": 1, "relu": 1}
+    return {"dtype": dtype, "C": channels, **{name: v for name, v in every.items() if name in sizes}}
+
+
+@pytest.mark.parametrize("op", plans.OPS)
+def test_reasons(op: str) -> None:
+    assert "float64" in plans.plan(op, problem_of(op, torch.float64)).reason
+    assert "7.5" in plans.plan(op, problem_of(op), arch=75).reason
+    assert "channels" in plans.plan(op, problem_of(op, channels=100_000)).reason
+    assert plans.plan(op, problem_of(op, torch.float64)).steps == ()
+
+
+@pytest.mark.parametrize("op", plans.OPS)
+def test_variants(op: str) -> None:
+    def first(*args: object, **buffers: int) -> str:
+        return plans.plan(op, problem_of(op, *args), buffers=buffers).steps[0].symbol
+
+    activation = "dy" if "backward" in op else "y" if op == "relu_mask" else "x"
+    assert first(torch.bfloat16, 64) == f"{op}_bf16_v8"
+    assert first(torch.float16, 64, **{activation: 4096}) == f"{op}_f16_v8"
+    assert first(torch.float16, 64, **{activation: 4098}) == f"{op}_f16"
+    assert first(torch.float32, 100) == f"{op}_f32_v4"
+    assert first(torch.bfloat16, 100) == f"{op}_bf16"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(KeyError, match="bn_conv"):
+        plans.plan("bn_conv", {})
+    with pytest.raises(KeyError, match="colour"):
+        plans.plan("bn_stats", {"colour": 1})
+
+
+def test_no_rows() -> None:
+    assert plans.plan("bn_act", {"dtype": torch.float32, "M": 0, "C": 8}).steps == ()
+    sums = plans.plan("bn_act_backward_reduce", {"dtype": torch.float32, "M": 0, "C": 8}, buffers={"mean": 64})
+    assert [step.symbol for step in sums.steps] == ["sum_partials"]
+    assert "rows" in plans.plan("bn_stats", {"dtype": torch.float32, "M": 0, "C": 8}).reason
+
+
+def test_large_tensors_keep_64_bits() -> None:
+    planned = plans.plan("bn_stats", {"dtype": torch.float16, "M": 2**33, "C": 64})
+    first, last = planned.steps
+    assert first.grid[0] <= 1024
+    assert planned.workspace == first.grid[0] * 2 * 64
+    assert (2**33).to_bytes(8, "little") in first.params
+    assert last.symbol == "bn_stats_finalize"
+
+
+def test_ops_launch_their_plans() -> None:
+    """The op asks the launcher for what the plan says, with its tensors' addresses."""
+    seen = []
+
+    def record(launch: plans.Launch) -> None:
+        seen.append((launch.symbol.decode(), tuple(launch.grid), tuple(launch.block), launch.params_size))
+
+    x = activation((2, 6, 6, 24), torch.float16)
+    with plans.launcher(record):
+        ops.bn_stats(x)
+    steps = plans.plan("bn_stats", matrix(x)).steps
+    assert seen == [(s.symbol, s.grid, s.block, len(s.params)) for s in steps]
+
+
+def test_launcher_errors_come_through() -> None:
+    def refuse(launch: plans.Launch) -> None:
+        raise ZeroDivisionError(launch.symbol.decode())
+
+    x = activation((2, 6, 6, 24), torch.float16)
+    with pytest.raises(ZeroDivisionError, match="bn_stats_f16_v8"), plans.launcher(refuse):
+        ops.bn_stats(x)
+    assert ops.bn_stats(x)[0].isfinite().all()  # the CPU's own again
+
+
+def test_float64_stays_on_the_cpu() -> None:
+    with plans.launcher(lambda launch: pytest.fail("launched")):
+        ops.bn_stats(activation((2, 6, 6, 24), torch.float64))
