@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import functional, reference
+from . import functional, models, reference
 from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct
 from .convert import fuse_, unfuse_
 from .explain import explain
@@ -18,6 +18,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse_",
+    "models",
     "optimize_for_inference",
     "reference",
     "unfuse_",

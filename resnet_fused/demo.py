@@ -28,7 +28,7 @@ from .train import RECIPES, train
 
 PHOTOS, SIZE = 8, 224
 SEED = 0
-ROUNDS = 7
+ROUNDS = 5
 
 
 class Check(NamedTuple):
@@ -78,6 +78,7 @@ def show_agreement(model: nn.Module, x: Tensor, labels: Tensor, console) -> Iter
     fused = copy.deepcopy(model)
     report = fuse_(fused)
     console.print(f"{len(report.fused)} of {len(report.rows)} blocks and stems fused", highlight=False)
+    console.print("In bounds: an error of at most twice eager's, give or take rounding.", highlight=False)
     for training in (True, False):
         mode = "training" if training else "eval"
         agreements = compare(model, fused, x, labels, training)

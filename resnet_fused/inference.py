@@ -79,10 +79,9 @@ class FoldedConv(_EvalOnly):
             if torch.compiler.is_compiling():
                 return self.weight
             stride, padding, dilation, groups = self.geometry
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's shape
             with torch.inference_mode(False):
-                packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                    self.weight.to_mkldnn(), list(padding), list(stride), list(dilation), groups, list(x.shape)
-                )
+                packed = reorder(self.weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
             if len(self._packed) >= 4:  # a few sizes in turn; more would only hold memory
                 self._packed.clear()
             self._packed[tuple(x.shape)] = packed

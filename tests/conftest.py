@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,10 @@ TENSORS = ("weight", "bias", "gamma", "beta", "running_mean", "running_var", "nu
 TRAINABLE = ("weight", "bias", "gamma", "beta")
 
 Observed = dict[str, Tensor]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores: threads of several would wait for each other
 
 
 @pytest.fixture(autouse=True)

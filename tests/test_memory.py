@@ -67,3 +67,12 @@ def test_nothing_is_kept_without_gradients(name) -> None:
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         block(torch.randn(2, 16 * block.expansion, 8, 8))
     assert not kept
+
+
+def test_whole_resnet50() -> None:
+    """Batch 8 at 224 in fp32: eager keeps 656 MiB."""
+    x = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
+    eager = tv.resnet50().to(memory_format=torch.channels_last)
+    fused = tv.resnet50().to(memory_format=torch.channels_last)
+    assert not rf.fuse_(fused, memory="lean").composed
+    assert kept_bytes(fused, x) <= 0.50 * kept_bytes(eager, x)
