@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import device as device  # a fixture
 from hypothesis import Phase, settings
 from torch import Tensor, nn
 

@@ -6,9 +6,10 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import resnet_fused._C
 import torch
 from torch import Tensor
+
+import resnet_fused._C
 
 ops = torch.ops.resnet_fused
 

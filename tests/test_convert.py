@@ -79,7 +79,9 @@ def test_frozen_batch_norm_2d():
     check_modules(fused, eager, images().double())
 
 
-@pytest.mark.parametrize("options", [{"replace_stride_with_dilation": [False, True, True]}, {"zero_init_residual": True}])
+@pytest.mark.parametrize(
+    "options", [{"replace_stride_with_dilation": [False, True, True]}, {"zero_init_residual": True}]
+)
 def test_torchvision_options(options):
     eager = models.resnet50(num_classes=10, **options).double()
     fused = copy.deepcopy(eager)

@@ -70,6 +70,24 @@ def wgrad1x1(a: Tensor, dz: Tensor) -> Tensor:
     return conv_backward(dz, a, weight, POINTWISE, False, True)[1].view(k, c).to(acc_dtype(a.dtype))
 
 
+def _pixels(matrix: Tensor) -> Tensor:
+    """[M, C] as the NHWC activation [1, C, M, 1] of the same memory."""
+    m, c = matrix.shape
+    return matrix.contiguous().as_strided((1, c, m, 1), (m * c, 1, c, c))
+
+
+def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
+    """a b' of two small matrices [M, C], [K, C] -> [M, K]; on the CPU as a convolution, see `wgrad1x1`."""
+    if has_fused_conv(a):
+        return conv(_pixels(a), b[:, :, None, None], POINTWISE).permute(0, 2, 3, 1).reshape(a.shape[0], b.shape[0])
+    return a @ b.t()
+
+
+def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
+    """a' b of two small matrices [M, K], [M, C] -> [K, C]; on the CPU as a wgrad, see `wgrad1x1`."""
+    return wgrad1x1(_pixels(b), _pixels(a)) if has_fused_conv(a) else a.t() @ b
+
+
 def has_fused_conv(x: Tensor) -> bool:
     """Whether oneDNN's conv + bias + add + relu takes tensors like `x`."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or x.numel() == 0:

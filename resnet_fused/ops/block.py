@@ -237,36 +237,61 @@ def _inner_backward(spec: UnitSpec, norm: Norm, raw: Tensor, da: Tensor) -> tupl
     return _bn_backward(spec, norm, raw, da, (dbeta, dzx), gate), norm.rstd * dzx, dbeta
 
 
+class EndInput(NamedTuple):
+    """What an end unit's backward starts from."""
+
+    operand: Tensor  # [N, C, H, W], recomputed; a Gram unit's is centred and strided
+    raw: Tensor | None  # [N, K, P, Q], kept or recomputed; None where backward does without
+
+
+def _end_input(spec: UnitSpec, p: UnitParams, saved: list[Tensor], u: Tensor, prologue: Norm | None) -> EndInput:
+    if spec.plan == "gram":
+        gate = (None, None) if prologue is None else (prologue.scale, prologue.shift)
+        center = Gram(*saved).center
+        return EndInput(_ops.gram_operand(u, *gate, prologue is not None, center, spec.geometry.stride[0])[0], None)
+    a = u if prologue is None else prologue.operand(u)
+    if not spec.needs_raw:
+        return EndInput(a, None)
+    return EndInput(a, saved[0] if spec.plan == "keep" else conv(a, p.weight, spec.geometry))
+
+
+class EndSums(NamedTuple):
+    """Sums over pixels, [K]: dz, and dz (raw - mean) (empty where there is no raw output)."""
+
+    dz: Tensor
+    dzx: Tensor
+
+
+def _reduce(dy: Tensor, mask: Tensor | None, raw: Tensor | None, norm: Norm, write: bool) -> tuple[Tensor, EndSums]:
+    """(dz = dy * mask if `write`, its sums), in one pass over dy and raw."""
+    mean = None if raw is None else norm.mean
+    dz, *sums = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, mean, write)
+    return dz, EndSums(*sums)
+
+
 def _end_backward(
     spec: UnitSpec,
     p: UnitParams,
     norm: Norm,
     saved: list[Tensor],
-    u: Tensor,
-    prologue: Norm | None,
+    source: EndInput,
     dz: Tensor,
-    dbeta: Tensor,
+    sums: EndSums,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, UnitGrads]:
     """(gradient of the unit's input, or of its strided pixels for a Gram unit; those of its parameters)."""
-    need_input, need_weight = needs
+    a, raw = source
     if spec.plan == "gram":
-        gram = Gram(*saved)
-        gate = (None, None) if prologue is None else (prologue.scale, prologue.shift)
-        a, _ = _ops.gram_operand(u, *gate, prologue is not None, gram.center, spec.geometry.stride[0])
-        grads = gram_backward(a, gram, p.weight, norm.scale, norm.rstd, dz, dbeta, need_input)
-        return grads.operand, UnitGrads(grads.weight, grads.gamma, dbeta)
-    a = u if prologue is None else prologue.operand(u)
-    if spec.needs_raw:
-        raw = saved[0] if spec.plan == "keep" else conv(a, p.weight, spec.geometry)
-        dzx = _ops.bn_act_backward_reduce(dz, None, raw, None, None, norm.mean, False)[2]
-        dgamma = norm.rstd * dzx
-        du = _bn_backward(spec, norm, raw, dz, (dbeta, dzx), (None, None))
-    else:  # given statistics and no gradient for gamma: du = s dz needs no raw output
+        grads = gram_backward(a, Gram(*saved), p.weight, norm.scale, norm.rstd, dz, sums.dz, needs[0])
+        return grads.operand, UnitGrads(grads.weight, grads.gamma, sums.dz)
+    if raw is not None:
+        dgamma = norm.rstd * sums.dzx
+        du = _bn_backward(spec, norm, raw, dz, sums, (None, None))
+    else:  # given statistics and no gradient for gamma: du = s dz
         dgamma = torch.zeros_like(norm.scale)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
-    da, dw = conv_backward(du, a, p.weight, spec.geometry, need_input, need_weight)
-    return da, UnitGrads(dw, dgamma, dbeta)
+    da, dw = conv_backward(du, a, p.weight, spec.geometry, *needs)
+    return da, UnitGrads(dw, dgamma, sums.dz)
 
 
 class BlockGrads(NamedTuple):
@@ -295,18 +320,19 @@ def backward(
     last = spec.chain - 1
     raws = saved[:last]
     end_saved = _split_end_saved(saved[last:], spec)
-    if spec.relu:
-        dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, saved[-1], None, None, None, None, True)
-    else:
-        dz, dbeta = dy, _ops.bn_act_backward_reduce(dy, None, None, None, None, None, False)[1]
+    source = (raws[-1], norms[last - 1]) if last else (x, None)
+    main = _end_input(spec.units[last], params[last], end_saved[0], *source)
+    dz, sums = _reduce(dy, saved[-1] if spec.relu else None, main.raw, norms[last], spec.relu)
+    if not spec.relu:
+        dz = dy
     identity = dz if spec.shortcut == "identity" and needs.x else None
-    source: tuple[Tensor, Norm | None] = (raws[-1], norms[last - 1]) if last else (x, None)
     wanted = (last > 0 or needs.x, needs.weights[last])
-    da, grads = _end_backward(spec.units[last], params[last], norms[last], end_saved[0], *source, dz, dbeta, wanted)
+    da, grads = _end_backward(spec.units[last], params[last], norms[last], end_saved[0], main, dz, sums, wanted)
+    del main  # its memory may serve the next gradients, and so may da's below
     units = [grads]
     for i in reversed(range(last)):
         du, dgamma, own_dbeta = _inner_backward(spec.units[i], norms[i], raws[i], da)
-        del da  # its memory may serve the next gradient
+        del da
         a = norms[i - 1].operand(raws[i - 1]) if i else x
         da, dw = _conv_backward_add(
             du,
@@ -320,10 +346,14 @@ def backward(
     if identity is not None and last == 0:
         da = da + identity
     if spec.shortcut == "projection":
-        wanted = (needs.x, needs.weights[-1])
+        projected = _end_input(spec.units[-1], params[-1], end_saved[1], x, None)
+        dbeta = sums.dz.clone()  # an op's outputs must not share memory
+        if projected.raw is not None:
+            sums = _reduce(dz, None, projected.raw, norms[-1], False)[1]
         dx, grads = _end_backward(
-            spec.units[-1], params[-1], norms[-1], end_saved[1], x, None, dz, dbeta.clone(), wanted
-        )
+            spec.units[-1], params[-1], norms[-1], end_saved[1], projected, dz, EndSums(dbeta, sums.dzx),
+            (needs.x, needs.weights[-1]),
+        )  # fmt: skip
         units.append(grads)
         if needs.x:
             _add_projected(da, dx, spec.units[-1])

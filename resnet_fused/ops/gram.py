@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aten import POINTWISE, conv, fused_conv, has_fused_conv, wgrad1x1
+from .aten import POINTWISE, conv, fused_conv, has_fused_conv, matmul_nt, matmul_tn, wgrad1x1
 from .layout import acc_dtype
 
 _ops = torch.ops.resnet_fused
@@ -61,7 +61,7 @@ def conv_stats(gram: Gram, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Batch mean and biased variance, both [K], of the 1x1 conv's output, which need not exist."""
     w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
     mean = w @ (gram.center + gram.mean)
-    var = (w @ gram.cov).mul_(w).sum(1).clamp_min_(0)
+    var = matmul_nt(w, gram.cov).mul_(w).sum(1).clamp_min_(0)
     return mean, var
 
 
@@ -125,10 +125,10 @@ def gram_backward(
     w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
     g = wgrad1x1(operand, dz).addr_(dbeta, gram.mean, alpha=-1)
     dgamma = (w * g).sum(1).mul_(rstd)
-    dw = (g - (w @ gram.cov).mul_((rstd * dgamma).unsqueeze(1))).mul_(scale.unsqueeze(1))
+    dw = (g - matmul_nt(w, gram.cov).mul_((rstd * dgamma).unsqueeze(1))).mul_(scale.unsqueeze(1))
     if not need_da:
         return GramGrads(dz.new_empty(0), dw.view_as(weight), dgamma)
-    q = w.t() @ (w * (rstd * scale * dgamma / pixels).unsqueeze(1))  # [C, C]
+    q = matmul_tn(w, w * (rstd * scale * dgamma / pixels).unsqueeze(1))  # [C, C]
     const = q @ gram.mean - w.t() @ (scale * dbeta / pixels)  # [C]
     into_a = (w * scale.unsqueeze(1)).t()[:, :, None, None].to(dz.dtype)  # [C, K, 1, 1]: dgrad as a fprop
     minus_q = q.neg_()[:, :, None, None].to(dz.dtype)

@@ -1,0 +1,94 @@
+"""The `device` fixture: cpu, emulated (the CUDA kernels on the PTX emulator, with CPU tensors) and, with a GPU, cuda.
+
+def test_bn_stats(device):
+    mean, var = device.run(torch.ops.resnet_fused.bn_stats, x)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fused import plans
+
+if TYPE_CHECKING:
+    from ptx.launcher import Emulator
+
+CSRC = Path(__file__).parents[1] / "csrc"
+DEVICES = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@functools.cache
+def _emulator() -> Emulator:
+    """With all kernels of csrc/."""
+    from ptx import compilers  # not earlier: the emulator compiles itself when it is first imported
+    from ptx.launcher import Emulator
+
+    sources = sorted(CSRC.rglob("*.cu"))
+    return Emulator([compilers.nvcc_file(path, "sm_80", includes=[CSRC], flags=["-O3"]) for path in sources])
+
+
+class Device:
+    """Where the ops run."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.type = "cuda" if name == "cuda" else "cpu"  # of its tensors
+        self.symbols: list[str] = []  # the kernels of the last run, if emulated
+
+    def run(self, f: Callable[..., Any], *arguments: Any, seed: int = 0) -> Any:
+        """f(*arguments): tensors and modules, in tuples and dicts too, go there, and the results' tensors come back.
+
+        What torch.empty gives is poisoned: NaN, the largest integer. Emulated, `seed` decides the order of the warps,
+        and f must launch a kernel.
+        """
+        with _poisoned(), self._kernels(seed):
+            return _moved(f(*_moved(arguments, self.type)), "cpu")
+
+    @contextmanager
+    def _kernels(self, seed: int) -> Iterator[None]:
+        if self.name == "cuda":
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                yield
+        elif self.name == "emulated":
+            emulator = _emulator()
+            emulator.seed = seed
+            emulator.launches.clear()
+            with emulator.attached(), plans.launcher(emulator):
+                yield
+            self.symbols = [launch.symbol for launch in emulator.launches]
+            assert self.symbols, "no kernel was launched"
+        else:
+            yield
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this is what fills fresh memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _moved(value: Any, where: str) -> Any:
+    if isinstance(value, (torch.Tensor, nn.Module)):
+        return value.to(where)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_moved(v, where) for v in value])
+    if isinstance(value, dict):
+        return {key: _moved(v, where) for key, v in value.items()}
+    return value
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Device:
+    return Device(request.param)
