@@ -188,7 +188,14 @@ def _time_table(times: dict[str, list[float]], title: str):
 def show_training(folder: Path, console) -> Iterator[Check]:
     """The MNIST recipe, and the nearest-neighbour baseline that it has to beat."""
     console.rule("[bold]3. Training: a ResNet on 4,000 MNIST digits, 1,000 held out")
-    run = train(RECIPES["mnist"], folder, console=console)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # a step takes milliseconds: on a busy machine, threads lose more by waiting than they gain
+    try:
+        run = train(RECIPES["mnist"], folder, console=console)
+    finally:
+        torch.set_num_threads(threads)
     baseline = neighbour_accuracy(*mnist_5k())
     reloaded = accuracy(load_checkpoint(run.checkpoint)[0], mnist_5k()[1])
     console.print(f"{run}\n3-nearest-neighbour baseline: {baseline:.2%}", highlight=False, soft_wrap=True)
