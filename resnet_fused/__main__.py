@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import evaluate, models
+from . import evaluate, kernels, models
 from .console import explanation_table, make_console, make_table
 from .data import mnist_5k
 from .train import RECIPES, DivergenceError, train
@@ -60,6 +60,8 @@ def info(args: argparse.Namespace) -> int:
     print(f"extension     {'CUDA and CPU' if cuda else 'CPU-only'} build")
     print(f"cpu backend   {isa} kernels, {onednn} convolutions, {torch.get_num_threads()} threads")
     print(f"cuda backend  {_gpus() if cuda else 'not built'}")
+    if args.kernels is not None:
+        _print_kernels(args.kernels)
     return 0
 
 
@@ -134,7 +136,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
         return sub
 
-    command("info", info)
+    sub = command("info", info)
+    sub.add_argument(
+        "--kernels",
+        nargs="*",
+        choices=kernels.MULTIPROCESSORS,
+        metavar="ARCH",
+        help=f"compile the CUDA kernels and list their registers and occupancy (default: {' '.join(kernels.ARCHES)})",
+    )
 
     sub = with_device(command("explain", explain))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
@@ -214,6 +223,23 @@ def _extension() -> tuple[bool, str]:
     best = 99  # a limit that limits nothing
     isa = ("baseline", "AVX2", "AVX-512")[library.resnet_fused_limit_isa(best)]
     return bool(library.resnet_fused_has_cuda()), isa
+
+
+def _print_kernels(arches: list[str]) -> None:
+    """By rich where it is installed, else in plain columns."""
+    columns, rows = kernels.table(arches or kernels.ARCHES)
+    try:
+        table = make_table(*columns, title="registers of a thread and theoretical occupancy")
+    except ImportError:
+        lines = [columns, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for first, *others in lines:
+            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            print("  ".join([first.ljust(widths[0]), *cells]))
+        return
+    for row in rows:
+        table.add_row(*row)
+    make_console().print(table)
 
 
 def _gpus() -> str:

@@ -216,11 +216,12 @@ MODULES += [(name, kind) for name in ("BasicBlock", "Bottleneck") for kind in ("
 def test_module_step(name: str, kind: str, dtype: torch.dtype, device: Device) -> None:
     """Output, gradients and running statistics."""
     draws = []
-    for seed in range(4):  # in few data a sign that rounding flips is a large error, ours or eager's
+    # In few data a sign that rounding flips is a large error, ours or eager's: bfloat16 has many.
+    for seed in range(6) if dtype == torch.bfloat16 else SEEDS:
         torch.manual_seed(seed)
         fused, eager = (module.to(dtype) for module in pair(name, kind))
         exact = copy.deepcopy(eager).double()
-        x = activation(3, 32, 15, 11, dtype).requires_grad_()
+        x = activation(24, 32, 15, 15, dtype).requires_grad_()
         dy = torch.randn(copy.deepcopy(eager)(x).shape).to(dtype)
         got = device.run(observe_module, fused, x, dy, seed=seed)
         draws.append((got, observe_module(eager, x, dy), observe_module(exact, x.double(), dy.double())))

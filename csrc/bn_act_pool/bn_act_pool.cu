@@ -11,7 +11,14 @@ struct alignas(sizeof(T) * kWidth) Pack {
 };
 template <typename T, int kWidth>
 __device__ Pack<T, kWidth> load(const T* source) {
-  return *reinterpret_cast<const Pack<T, kWidth>*>(source);
+  if constexpr (sizeof(Pack<T, kWidth>) == 16) {  // an intrinsic, since ptxas may split a plain load
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(source));
+    Pack<T, kWidth> pack;
+    memcpy(&pack, &bits, sizeof(bits));
+    return pack;
+  } else {
+    return *reinterpret_cast<const Pack<T, kWidth>*>(source);
+  }
 }
 
 // A thread's pixel and channels: image row blockIdx.x (of all images), then pixel and chunk of channels by

@@ -1,0 +1,216 @@
+"""What the compiler makes of the CUDA kernels, for any architecture and without a GPU.
+
+    for kernel in compiled("sm_90"):
+        kernel.symbol, kernel.registers, kernel.spills, kernel.occupancy(), kernel.accesses["LDG", 16]
+
+Registers, shared memory and spills are what ptxas reports; instructions are counted in the disassembled machine code.
+Results are kept under build/, by the hash of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ._toolchain import find_cuda_home
+
+ARCHES = ("sm_80", "sm_90", "sm_120")
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "kernels"
+
+# setup.py's, but for the host compiler's
+FLAGS = ("-O3", "-std=c++17", "-Werror", "all-warnings")
+_PTXAS = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # suffixes of memory instructions; others have 4
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What blocks share; of all architectures: 65536 registers, in four parts, handed out to warps 256 at a time."""
+
+    warps: int
+    blocks: int
+    shared: int  # bytes; every block takes 1 KiB beside its own
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 164 * 1024),
+    "sm_86": Multiprocessor(48, 16, 100 * 1024),
+    "sm_89": Multiprocessor(48, 24, 100 * 1024),
+    "sm_90": Multiprocessor(64, 32, 228 * 1024),
+    "sm_100": Multiprocessor(64, 32, 228 * 1024),
+    "sm_120": Multiprocessor(48, 24, 100 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as compiled for one architecture. Sizes in bytes."""
+
+    symbol: str
+    source: str  # file in csrc/
+    arch: str
+    threads: int  # most in a block
+    registers: int  # of a thread
+    shared: int  # static, of a block
+    stack: int  # local memory of a thread
+    spills: int  # stored and loaded
+    opcodes: dict[str, int]  # of the machine code, with all suffixes: {"LDG.E.128.CONSTANT": 4, ...}
+
+    @property
+    def accesses(self) -> Counter[tuple[str, int]]:
+        """Accesses to memory in the machine code, by instruction (LDG, STG, LDS, STS, LDL, STL, ...) and bytes."""
+        counts: Counter[tuple[str, int]] = Counter()
+        for opcode, count in self.opcodes.items():
+            name, *suffixes = opcode.split(".")
+            if re.fullmatch(r"(LD|ST)[GSL]?|LDGSTS|ATOM[GS]?|REDG?", name):
+                counts[name, next((_WIDTHS[s] for s in suffixes if s in _WIDTHS), 4)] += count
+        return counts
+
+    def occupancy(self, smem: int = 0) -> float:
+        """The share of a multiprocessor's warps that blocks of `threads` fill; `smem` is dynamic shared memory.
+
+        Raises ValueError for an architecture whose limits are not known here.
+        """
+        if self.arch not in MULTIPROCESSORS:
+            raise ValueError(f"the limits of {self.arch} are not known, only those of {', '.join(MULTIPROCESSORS)}")
+        limits = MULTIPROCESSORS[self.arch]
+        warps = _round_up(self.threads, 32) // 32
+        by_registers = 65536 // 4 // _round_up(32 * self.registers, 256) * 4 // warps
+        by_shared = limits.shared // _round_up(self.shared + smem + 1024, 128)
+        return min(limits.blocks, limits.warps // warps, by_registers, by_shared) * warps / limits.warps
+
+
+class CompilerError(OSError):
+    """There is nothing to compile, nothing to compile with, or a tool failed; the message says which."""
+
+
+def compiled(arch: str = "sm_80", jobs: int | None = None) -> list[Kernel]:
+    """All kernels of csrc/ for an architecture. jobs: compilers at a time; by default MAX_JOBS, else the CPUs.
+
+    Raises CompilerError.
+    """
+    jobs = jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        return [kernel for kernels in pool.map(lambda s: compile_source(s, arch), sources()) for kernel in kernels]
+
+
+def sources() -> list[str]:
+    """The CUDA files of csrc/. Raises CompilerError in an installation without sources."""
+    found = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu"))
+    if not found:
+        raise CompilerError(f"no kernel sources at {CSRC}: this looks at a checkout, not at an installed wheel")
+    return found
+
+
+def compile_source(source: str, arch: str) -> list[Kernel]:
+    """The kernels of one file of csrc/."""
+    nvcc, cuobjdump, version = _tools()
+    key = hashlib.sha256("\n".join([source, arch, version, *FLAGS]).encode())
+    for path in (CSRC / source, Path(__file__), *sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])):
+        key.update(path.read_bytes())
+    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}.json"
+    if not kept.exists():
+        kernels = _compile(nvcc, cuobjdump, source, arch)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")  # several processes may be at it
+        partial.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+        partial.replace(kept)
+    return [Kernel(**fields) for fields in json.loads(kept.read_text())]
+
+
+def _compile(nvcc: Path, cuobjdump: Path, source: str, arch: str) -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        flags = [*FLAGS, f"-I{CSRC}", f"-arch={arch}", "-Xptxas", "-v", "--keep", "--keep-dir", folder]
+        report = _output([nvcc, *flags, "-cubin", CSRC / source, "-o", cubin])
+        ptx = (Path(folder) / Path(source).with_suffix(".ptx").name).read_text()
+        code = _output([cuobjdump, "-sass", cubin])
+    threads = {name: _product(dims) for name, dims in re.findall(r"\.entry (\w+)\([^{]*?\.maxntid ([\d, ]+)", ptx)}
+    parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)
+    opcodes = {name: Counter(_INSTRUCTION.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return [
+        Kernel(
+            symbol=found["symbol"],
+            source=source,
+            arch=arch,
+            threads=threads.get(found["symbol"], 1024),  # CUDA's own limit
+            registers=int(found["registers"]),
+            shared=int(shared[1]) if (shared := re.search(r"(\d+) bytes smem", found["rest"])) else 0,
+            stack=int(found["stack"]),
+            spills=int(found["stores"]) + int(found["loads"]),
+            opcodes=dict(sorted(opcodes[found["symbol"]].items())),
+        )
+        for found in _PTXAS.finditer(report)
+    ]
+
+
+def table(arches: Sequence[str] = ARCHES) -> tuple[list[str], Iterator[list[str]]]:
+    """Columns, and a row for each kernel: registers, shared memory and theoretical occupancy by architecture.
+
+    Raises as `compiled` and `Kernel.occupancy` do.
+    """
+    by_arch = [sorted(compiled(arch), key=lambda kernel: kernel.symbol) for arch in arches]
+    return ["kernel", "threads", "shared", *arches], (
+        [
+            versions[0].symbol,
+            str(versions[0].threads),
+            str(versions[0].shared),
+            *(f"{kernel.registers}  {kernel.occupancy():4.0%}" for kernel in versions),
+        ]
+        for versions in zip(*by_arch, strict=True)
+    )
+
+
+@cache
+def _tools() -> tuple[Path, Path, str]:
+    """nvcc, cuobjdump (the toolkit's or Triton's) and nvcc's version."""
+    home, why = find_cuda_home(torch.version.cuda)
+    if home is None:
+        raise CompilerError(f"no CUDA compiler ({why})")
+    triton = importlib.util.find_spec("triton")
+    roots = (triton.submodule_search_locations if triton else None) or ()
+    folders = [home / "bin", *(Path(root) / "backends/nvidia/bin" for root in roots)]
+    found = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
+    if found is None:
+        raise CompilerError(f"no cuobjdump in {home / 'bin'}; `pip install triton` brings one")
+    nvcc = home / "bin/nvcc"
+    return nvcc, Path(found), _output([nvcc, "--version"])
+
+
+def _output(command: Sequence[str | Path]) -> str:
+    """stdout and stderr."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise CompilerError(f"{Path(command[0]).name} failed: {done.stdout.strip()}")
+    return done.stdout
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _product(dims: str) -> int:
+    x, y, z = (*map(int, dims.split(",")), 1, 1)[:3]
+    return x * y * z
