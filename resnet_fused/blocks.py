@@ -62,7 +62,9 @@ class FusedBlock(nn.Module):
     def projection(self) -> tuple[nn.Conv2d, nn.Module] | None:
         """The shortcut's (conv, norm) where it is that and nothing else."""
         down: Any = getattr(self, "downsample", None)
-        if not isinstance(down, nn.Sequential) or hook_reason("downsample", down) or len(down) not in (1, 2):
+        if not isinstance(down, nn.Sequential) or type(down).forward is not nn.Sequential.forward:
+            return None
+        if hook_reason("downsample", down) or len(down) not in (1, 2):
             return None
         conv, bn = (*down, nn.Identity())[:2]
         if conv_reason("downsample.0", conv) or norm_reason("downsample.1", bn):

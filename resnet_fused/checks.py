@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from .functional import ConvBN
@@ -32,6 +33,8 @@ def fallback_reason(x: Tensor, has_norm: bool = True) -> str | None:
         return f"device {x.device.type} has no kernel"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
     return None
 
 

@@ -91,11 +91,12 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
 
 
 def _known_forward(module: nn.Module, known: set[tuple[str, str]]) -> bool:
-    """Whether `module` runs the very forward of one of the known classes."""
+    """Whether `module` runs the very forward of one of the known classes, in all its steps."""
+    steps = ("forward", "_forward_impl", "forward_features")
     return any(
-        (base.__module__, base.__qualname__) in known and type(module).forward is base.forward
+        (base.__module__, base.__qualname__) in known
+        and all(getattr(type(module), step, None) is getattr(base, step, None) for step in steps)
         for base in type(module).__mro__
-        if hasattr(base, "forward")
     )
 
 

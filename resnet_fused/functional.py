@@ -99,7 +99,7 @@ def residual_block(
         return reference.residual_block(x, units, shortcut, relu)
     x, everything, residual = _autocast(x, everything, shortcut)
     shapes = _check(x, everything, shortcut, residual)
-    spec = _specify(x, everything, _kind(shortcut), relu, memory)
+    spec = _specify(x, everything, residual, _kind(shortcut), relu, memory)
     record(x, units, shortcut, spec, None)
     tensors = [t for unit in everything for t in _flat(unit, x)]
     if spec.save:
@@ -159,9 +159,11 @@ def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | 
     return shapes
 
 
-def _specify(x: Tensor, units: list[ConvBN], kind: str, relu: bool, memory: Memory) -> BlockSpec:
-    tensors = [t for u in units for t in (u.weight, u.gamma, u.beta, u.bias) if t is not None]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+def _specify(
+    x: Tensor, units: list[ConvBN], residual: Tensor | None, kind: str, relu: bool, memory: Memory
+) -> BlockSpec:
+    tensors = [x, residual, *(t for u in units for t in (u.weight, u.gamma, u.beta, u.bias))]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype)
     specs = tuple(
         UnitSpec(

@@ -64,6 +64,9 @@ class FoldedConv(_EvalOnly):
             raise RuntimeError(f"x requires grad, but {type(self).__name__} {_EVAL_ONLY}; use torch.no_grad()")
         if x.dtype != self.weight.dtype:
             raise RuntimeError(f"x is {x.dtype}, expected {self.weight.dtype} (that of the weights)")
+        channels = self.weight.shape[1] * self.geometry.groups
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"x has shape {list(x.shape)}, expected [N, {channels}, H, W]")
         x = to_nhwc(x)
         if has_fused_conv(x):
             residual = residual if residual is None else to_nhwc(residual)
@@ -156,6 +159,7 @@ class FoldReport:
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.left.items())])
 
 
+@torch.inference_mode(False)  # the copy may be used outside of it
 def optimize_for_inference(model: nn.Module, example_input: Tensor) -> nn.Module:
     """An eval-only copy of `model` with folded batch norms and packed weights; `model` itself is left as it is.
 

@@ -27,13 +27,15 @@ def gram_share(pixels: int, c: int, k: int) -> float:
     return 2 * (pixels + k) * c / (3 * pixels * k)
 
 
-def gram_obstacle(unit: ConvBN, x_shape: tuple[int, ...], projection: bool) -> str | None:
+def gram_obstacle(unit: ConvBN, x_shape: tuple[int, ...], projection: bool, dtype: torch.dtype) -> str | None:
     """Why a unit cannot, or should not, take the Gram form; None if it should."""
     k, c, r, s = unit.weight.shape
     if (r, s) != (1, 1) or unit.groups != 1 or unit.padding != (0, 0):
         return "not a dense 1x1 convolution"
     if not unit.batch_stats:
         return "statistics are given, not the batch's"
+    if dtype == torch.float16:  # the sums over pixels come out of a convolution's wgrad, in its type
+        return "the Gram form's sums over pixels may leave float16's range"
     if unit.stride[0] != unit.stride[1] or (unit.stride != (1, 1) and not projection):
         return "strided"
     n, _, p, q = unit.geometry.out_shape(x_shape, unit.weight.shape)
@@ -51,7 +53,7 @@ def plan_end(
         return "keep", "memory='fast'"
     if unit.weight.shape[2:] != (1, 1):
         return "keep", "running a k x k convolution again costs more than its output"
-    obstacle = gram_obstacle(unit, x_shape, projection)
+    obstacle = gram_obstacle(unit, x_shape, projection, dtype)
     if obstacle is None:
         return "gram", "its statistics follow from its operand's Gram matrix"
     return "recompute", obstacle

@@ -241,3 +241,34 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="memory is 'low'"):
         rf.fuse_(model, memory="low")
     assert type(model.layer1[0]) is models.resnet.BasicBlock
+
+
+def test_a_shortcut_with_its_own_forward_runs_as_it_is():
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block = models.resnet.BasicBlock(8, 8, downsample=Doubled(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))).double().eval()
+    x = torch.randn(2, 8, 6, 6).double()
+    expected = block(x)
+    assert "downsample runs as it is" in rf.fuse_(block).rows[0].reason
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_a_network_with_its_own_steps_keeps_its_stem():
+    class WithStem(models.ResNet):
+        def _forward_impl(self, x):
+            return self.relu(self.bn1(self.conv1(x)))
+
+    class WithFeatures(timm.models.resnet.ResNet):
+        def forward_features(self, x):
+            return self.act1(self.bn1(self.conv1(x)))
+
+    for model in (
+        WithStem(models.resnet.BasicBlock, [1, 1, 1, 1]),
+        WithFeatures(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=0, global_pool=""),
+    ):
+        x = images()
+        expected = model.eval()(x)
+        rf.fuse_(model)
+        torch.testing.assert_close(model(x), expected)

@@ -182,3 +182,16 @@ def test_empty_batch():
     optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), images())
     with torch.no_grad():
         assert optimized(torch.empty(0, 3, 64, 64)).shape == (0, 1000)
+
+
+def test_wrong_channels_are_named():
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), images())
+    with pytest.raises(ValueError, match=r"x has shape \[2, 4, 64, 64\], expected \[N, 3, H, W\]"), torch.no_grad():
+        optimized(torch.randn(2, 4, 64, 64))
+
+
+def test_made_in_inference_mode_and_used_outside():
+    model = randomised(torchvision_models.resnet18())
+    with torch.inference_mode():
+        optimized = rf.optimize_for_inference(model, images())
+    assert_equal_within_rule(model.double(), optimized.double(), images().double())

@@ -318,3 +318,20 @@ def test_second_derivative_raises(shortcut) -> None:
     (dx,) = torch.autograd.grad(case.fused().square().sum(), case.x, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(dx.sum(), case.x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_only_the_added_tensor_asks_for_a_gradient(training) -> None:
+    case = random_case(2, "tensor", training=training, size=6).to(torch.float32)
+    for name, t in case.named():
+        t.requires_grad_(name == "shortcut")
+    case.check()
+
+
+def test_sums_over_many_pixels_stay_finite_in_float16() -> None:
+    """Pixels times the operand's variance leave float16's range long before the operand does."""
+    case = random_case(2, "identity", size=96).to(torch.float16)
+    case.units[0].gamma.data.fill_(8)
+    assert plans_of(case)[-1] == "recompute"
+    assert case.fused().isfinite().all()
+    assert case.units[-1].running_var.isfinite().all()

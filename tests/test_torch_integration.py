@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_agrees, draw_modules, observe_module, randomise, relative_error
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet as tv
 
@@ -179,6 +180,18 @@ def test_vmap(name) -> None:
     got = torch.vmap(module)(xs)
     for x, y in zip(xs, got, strict=True):
         assert relative_error(y, module(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_forward_mode_runs_composed(name) -> None:
+    fused, eager = (m.eval().requires_grad_(False) for m in fused_and_eager(name))
+    x, v = activation().detach(), activation().detach()
+
+    def tangent(module: nn.Module) -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(module(forward_ad.make_dual(x, v))).tangent
+
+    torch.testing.assert_close(tangent(fused), tangent(eager))
 
 
 def test_jvp_and_hessian_run_composed() -> None:
