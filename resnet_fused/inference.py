@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock
 from .convert import fuse_
@@ -62,6 +63,8 @@ class FoldedConv(_EvalOnly):
         """The call itself; `into_residual` allows to write over `residual`."""
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"x requires grad, but {type(self).__name__} {_EVAL_ONLY}; use torch.no_grad()")
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(f"forward-mode differentiation, but {type(self).__name__} {_EVAL_ONLY}")
         if x.dtype != self.weight.dtype:
             raise RuntimeError(f"x is {x.dtype}, expected {self.weight.dtype} (that of the weights)")
         channels = self.weight.shape[1] * self.geometry.groups
@@ -69,11 +72,20 @@ class FoldedConv(_EvalOnly):
             raise ValueError(f"x has shape {list(x.shape)}, expected [N, {channels}, H, W]")
         x = to_nhwc(x)
         if has_fused_conv(x):
-            residual = residual if residual is None else to_nhwc(residual)
+            if residual is not None:
+                self._check_residual(x, residual)
+                residual = to_nhwc(residual)
             return fused_conv(x, self.pack(x), self.bias, self.geometry, residual, self.relu, into_residual)
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
         y = y if residual is None else y + residual
         return torch.relu(y) if self.relu else y
+
+    def _check_residual(self, x: Tensor, residual: Tensor) -> None:
+        """oneDNN's sum does not check its operand."""
+        expected = self.geometry.out_shape(x.shape, self.weight.shape)
+        if tuple(residual.shape) != expected or residual.dtype != x.dtype:
+            got = f"{list(residual.shape)} {residual.dtype}"
+            raise ValueError(f"residual is {got}, expected {list(expected)} {x.dtype} (the convolution's output)")
 
     def pack(self, x: Tensor) -> Tensor:
         """The weight as oneDNN likes it for inputs of this shape."""
@@ -216,6 +228,8 @@ def _fold_block(block: FusedBlock) -> tuple[str | None, nn.Module | None]:
     projection = block.projection()
     shortcut: Any = convbn_of(*projection) if projection else getattr(block, "downsample", None)
     reason = block.composed_reason() or hook_reason("the block", block)
+    if type(block).forward is not FusedBlock.forward:
+        reason = f"{type(block).__name__} has a forward of its own"
     for unit in [*units, *([shortcut] if projection else [])]:
         reason = reason or _fold_reason(unit)
     return (reason, None) if reason else (None, FoldedBlock(units, shortcut))

@@ -196,3 +196,20 @@ def test_made_in_inference_mode_and_used_outside():
         optimized = rf.optimize_for_inference(model, images())
     assert_equal_within_rule(model, optimized, images())
     assert optimized.double()(images().double()).dtype == torch.float64
+
+
+def test_a_block_with_its_own_forward_is_left():
+    class Doubled(rf.BasicBlock):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = nn.Sequential(Doubled(8, 8)).eval(), torch.randn(2, 8, 9, 9)
+    optimized = rf.optimize_for_inference(model, x)
+    assert "forward of its own" in optimized.report.left["0"]
+    assert_equal_within_rule(model, optimized, x)
+
+
+def test_a_shortcut_of_another_size_is_refused():
+    unit = rf.optimize_for_inference(rf.ConvBNAct(8, 8, 3), torch.randn(1, 8, 9, 9))
+    with pytest.raises(ValueError, match=r"residual is \[1, 8, 9, 9\]"):
+        unit(torch.randn(1, 8, 9, 9), torch.randn(1, 8, 9, 9))
