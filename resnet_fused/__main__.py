@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from . import evaluate, kernels, models
+from . import __version__, evaluate, kernels, models
 from .console import explanation_table, make_console, make_table
 from .data import mnist_5k
-from .train import RECIPES, DivergenceError, train
+from .train import RECIPES, SEEDS, DivergenceError, train
 
 FAILURES = (OSError, ImportError, ValueError, DivergenceError, torch.OutOfMemoryError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Versions, devices and what the extension was built for."""
-    from . import __version__
-
     print(f"resnet_fused  {__version__}")
     print(f"python        {platform.python_version()} on {platform.machine()}")
     print(f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
@@ -125,6 +123,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="resnet_fused", description="Fused ResNet blocks for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run) -> argparse.ArgumentParser:
@@ -158,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=_positive_int)
     sub.add_argument("--lr", type=_positive_float, help="learning rate")
     sub.add_argument("--momentum", type=_fraction)
-    sub.add_argument("--seed", type=int)
+    sub.add_argument("--seed", type=_seed)
     _add_out(sub)
 
     sub = with_device(command("eval", eval_command))
@@ -177,6 +176,16 @@ def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = SEEDS.stop
+    if seed not in SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from -2**63 to 2**64 - 1")
+    return seed
 
 
 def _number(text: str) -> float:

@@ -17,20 +17,22 @@ from torch.fx import Proxy
 from . import functional, reference
 from .checks import check_memory
 from .modules import (
+    NotScripted,
     conv_reason,
     convbn_of,
     global_hook_reason,
     hook_reason,
     norm_reason,
+    pool_reason,
     relu_reason,
     traced_as_leaf,
 )
 from .ops.bn_act_pool import Pool, StemTail
-from .ops.layout import acc_dtype, to_nhwc
+from .ops.layout import to_nhwc
 from .recorder import record
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(NotScripted, nn.Module):
     """Mixin in front of a composed block class: its forward is the fused form where that is the same thing.
 
     The composed class names its layers conv1, bn1, conv2, bn2 (, conv3, bn3), its activations relu or act1..3, and
@@ -102,7 +104,7 @@ class Bottleneck(FusedBlock, reference.Bottleneck):
     """
 
 
-class ConvBNAct(nn.Module):
+class ConvBNAct(NotScripted, nn.Module):
     """act(bn(conv(x)) + residual) as one fused unit; `norm=False` is conv + bias.
 
     Holds `conv` and (with a norm) `bn`; arguments as nn.Conv2d's. x: [N, in_channels, H, W].
@@ -141,51 +143,74 @@ class ConvBNAct(nn.Module):
         return functional.conv_bn_act(x, convbn_of(self.conv, self.bn), residual, self.relu, self.memory)
 
 
-class BNReLUMaxPool(nn.BatchNorm2d):
-    """The stem's tail, maxpool(relu(bn(x))), in one pass; parameters, buffers and state_dict of its BatchNorm2d.
+def bn_relu_maxpool(x: Tensor, bn: nn.BatchNorm2d, pool: Pool) -> Tensor:
+    """maxpool(relu(bn(x))) in one pass, the stem's tail: [N, C, H, W] -> [N, C, P, Q], the pooled size."""
+    bn._check_input_dim(x)
+    n, c, h, w = x.shape
+    if c != bn.num_features:
+        raise ValueError(f"x has shape {list(x.shape)}, expected {bn.num_features} channels")
+    batch_stats = bn.training or bn.running_mean is None
+    if batch_stats and n * h * w == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    affine = functional.vector(bn.weight, 1, x, c), functional.vector(bn.bias, 0, x, c)
+    given = functional.given_stats(bn.running_mean, bn.running_var, x, c, torch.is_grad_enabled() and not batch_stats)
+    y, mean, var = StemTail.apply(to_nhwc(x), *affine, *given, bn.eps, batch_stats, pool)
+    moves = bn.training and bn.track_running_stats
+    if moves and bn.running_mean is not None and bn.running_var is not None:
+        factor = reference.average_factor(bn.num_batches_tracked, bn.momentum)
+        functional.move_running(bn.running_mean, bn.running_var, mean, var, n * h * w, factor)
+    return y
 
-    It stands at the name of the stem's batch norm, and nn.Identity at the names of its ReLU and pool: the children
-    keep their order and the state_dict its keys. x: [N, C, H, W]; returns the pooled [N, C, P, Q].
+
+class BNReLUMaxPool(NotScripted, nn.BatchNorm2d):
+    """maxpool(relu(bn(x))) in one pass; arguments, parameters, buffers and state_dict of nn.BatchNorm2d.
+
+    x: [N, C, H, W]; returns the pooled [N, C, P, Q].
     """
 
     pool = Pool(3, 2, 1)
-
-    def composed_reason(self, x: Tensor) -> str | None:
-        """Why eager PyTorch must run this call."""
-        return functional.fallback_reason(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, P, Q], the pooled size."""
         if isinstance(x, Proxy):
             return traced_as_leaf(self, x)
-        reason = self.composed_reason(x)
+        reason = functional.fallback_reason(x)
         record(x, (), None, self.pool, reason)
-        if reason is not None:
-            return reference.bn_act_pool(x, self, *self.pool)
-        self._check_input_dim(x)
-        n, c, h, w = x.shape
-        if c != self.num_features:
-            raise ValueError(f"x has shape {list(x.shape)}, expected {self.num_features} channels")
-        batch_stats = self.training or self.running_mean is None
-        if batch_stats and n * h * w == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        acc = acc_dtype(x.dtype)
+        return reference.bn_act_pool(x, self, *self.pool) if reason else bn_relu_maxpool(x, self, self.pool)
 
-        def vector(t: Tensor | None, default: float) -> Tensor:
-            return x.new_full((c,), default, dtype=acc) if t is None else t.to(acc)
 
-        y, mean, var = StemTail.apply(
-            to_nhwc(x),
-            vector(self.weight, 1),
-            vector(self.bias, 0),
-            vector(self.running_mean, 0),
-            vector(self.running_var, 1),
-            self.eps,
-            batch_stats,
-            self.pool,
-        )
-        moves = self.training and self.track_running_stats
-        if moves and self.running_mean is not None and self.running_var is not None:
-            factor = reference.average_factor(self.num_batches_tracked, self.momentum)
-            functional.move_running(self.running_mean, self.running_var, mean, var, n * h * w, factor)
-        return y
+class FusedStem(NotScripted, nn.Module):
+    """Mixin of a network that begins conv1, bn1, relu (or act1), maxpool: its `stem` runs the last three in one pass.
+
+    The modules stay what they are. Whoever calls, taps or replaces one of them gets what it gives in eager PyTorch,
+    because only the network's own forward comes through here.
+    """
+
+    conv1: nn.Module
+    bn1: Any
+    maxpool: Any
+
+    @property
+    def act_name(self) -> str:
+        return "relu" if hasattr(self, "relu") else "act1"
+
+    def stem_reason(self) -> str | None:
+        """Why the stem must run module by module; None if it runs fused."""
+        bn, pool, act = self.bn1, self.maxpool, self.act_name
+        if type(bn) is not nn.BatchNorm2d:
+            return f"bn1 is a {type(bn).__name__}"
+        reason = global_hook_reason() or pool_reason("maxpool", pool)
+        return reason or relu_reason(act, getattr(self, act)) or hook_reason("bn1", bn)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """maxpool(relu(bn1(conv1(x)))): [N, 3, H, W] -> [N, C, P, Q]."""
+        x = self.conv1(x)
+        # Traced module by module, so that a graph may be tapped anywhere.
+        reason = "traced by torch.fx" if isinstance(x, Proxy) else self.stem_reason() or functional.fallback_reason(x)
+        if reason is None:
+            pool = Pool(self.maxpool.kernel_size, self.maxpool.stride, self.maxpool.padding)
+            record(x, (), None, pool, None)
+            return bn_relu_maxpool(x, self.bn1, pool)
+        if not isinstance(x, Proxy):
+            record(x, (), None, None, reason)
+        return self.maxpool(getattr(self, self.act_name)(self.bn1(x)))

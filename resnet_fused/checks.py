@@ -38,6 +38,11 @@ def fallback_reason(x: Tensor, has_norm: bool = True) -> str | None:
     return None
 
 
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` can be added in place to one of shape `to`."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
 def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> tuple[int, int, int, int]:
     """Checks one unit against its input's shape [N, C, H, W]; its output's shape."""
     if len(x_shape) != 4:

@@ -2,7 +2,7 @@
 
 A block is converted by giving it a class that derives from its own: its parameters, buffers, hooks, identity and
 state_dict stay what they were, `isinstance` still holds, and its own forward is what runs whenever the fused form
-would not be the same thing (see `blocks.FusedBlock`).
+would not be the same thing (see `blocks.FusedBlock`). So is a network, for its stem (see `blocks.FusedStem`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .blocks import BNReLUMaxPool, FusedBlock
+from .blocks import FusedBlock, FusedStem
 from .checks import check_memory
 from .functional import Memory
-from .modules import hook_reason, relu_reason
-from .ops.bn_act_pool import Pool
 
 # Block classes whose forward is known, by name, so that neither package is imported.
 _BLOCKS = {
@@ -26,7 +24,6 @@ _BLOCKS = {
     for module in ("torchvision.models.resnet", "timm.models.resnet", "resnet_fused.reference")
     for name in ("BasicBlock", "Bottleneck")
 }
-_NETWORKS = {("torchvision.models.resnet", "ResNet"), ("timm.models.resnet", "ResNet")}
 
 
 @dataclass(frozen=True)
@@ -68,25 +65,64 @@ class Report:
         return "\n".join([head, *lines])
 
 
-class ConvertedBlock(FusedBlock):
-    """A foreign block turned fused: `original` is the class it came with."""
+class Converted(nn.Module):
+    """A module given another class: `original` is the one it came with, `mixin` what stands in front of it."""
 
     original: type[nn.Module]
+    mixin: type[nn.Module]
+    prefix = "Fused"  # of the class's name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.original,), self.__dict__.copy()
+        return _rebuild, (self.mixin, self.original), self.__dict__.copy()
+
+
+class ConvertedBlock(Converted, FusedBlock):
+    """A BasicBlock or Bottleneck."""
+
+
+class ConvertedNetwork(Converted, FusedStem):
+    """A ResNet: its own forward runs on behind the fused stem."""
+
+    def behind_stem(self, step: str, x: Tensor) -> Tensor:
+        """The original's method `step`, whose first four modules are the stem."""
+        return getattr(self.original, step)(_BehindStem(self), self.stem(x))
+
+
+class TorchvisionNetwork(ConvertedNetwork):
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        return self.behind_stem("_forward_impl", x)
+
+
+class TimmNetwork(ConvertedNetwork):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.behind_stem("forward_features", x)
+
+
+class _BehindStem:
+    """A network as its own methods see it once the stem has run: the stem's modules pass on what they get."""
+
+    def __init__(self, network: FusedStem) -> None:
+        self._network = network
+        self._passing = ("conv1", "bn1", network.act_name, "maxpool")
+
+    def __getattr__(self, name: str) -> Any:
+        return _pass if name in self._passing else getattr(self._network, name)
+
+
+def _pass(x: Tensor) -> Tensor:
+    return x
 
 
 @cache  # one class for each original
-def converted_class(original: Any) -> Any:
-    """The fused class in front of a block class."""
-    name = f"Fused{original.__name__}"
-    return type(name, (ConvertedBlock, original), {"original": original, "__module__": __name__})
+def converted_class(mixin: Any, original: Any) -> Any:
+    """The class `original` with `mixin`, a Converted, in front of it."""
+    names = {"original": original, "mixin": mixin, "__module__": __name__}
+    return type(f"{mixin.prefix}{original.__name__}", (mixin, original), names)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
-    """An empty converted block, for pickle and deepcopy."""
-    cls: Any = converted_class(cast(Any, original))
+def _rebuild(mixin: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+    """An empty converted module, for pickle and deepcopy."""
+    cls: Any = converted_class(cast(Any, mixin), cast(Any, original))
     return cls.__new__(cls)
 
 
@@ -98,6 +134,12 @@ def _known_forward(module: nn.Module, known: set[tuple[str, str]]) -> bool:
         and all(getattr(type(module), step, None) is getattr(base, step, None) for step in steps)
         for base in type(module).__mro__
     )
+
+
+_NETWORKS = {
+    ("torchvision.models.resnet", "ResNet"): TorchvisionNetwork,
+    ("timm.models.resnet", "ResNet"): TimmNetwork,
+}
 
 
 def fuse_(model: nn.Module, memory: Memory = "lean") -> Report:
@@ -115,9 +157,8 @@ def fuse_(model: nn.Module, memory: Memory = "lean") -> Report:
     report = Report(memory)
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedBlock) or _known_forward(module, _BLOCKS):
-            _fuse_block(name, module, memory, report)
-        if _known_forward(module, _NETWORKS):
-            _fuse_stem(f"{name}.bn1".lstrip("."), module, report)
+            _fuse_block(name or "model", module, memory, report)
+        _fuse_stem(f"{name}.bn1".lstrip("."), module, report)
     for module in model.modules():
         if type(module) is nn.Conv2d and not module.weight.is_contiguous(memory_format=torch.channels_last):
             _set_layout(module, torch.channels_last)
@@ -130,15 +171,9 @@ def unfuse_(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
     for module in list(model.modules()):
-        if isinstance(module, ConvertedBlock):
+        if isinstance(module, ConvertedBlock | ConvertedNetwork):
             module.__class__ = module.original  # type: ignore[assignment]
             module.__dict__.pop("memory", None)
-        bn = getattr(module, "bn1", None)
-        if isinstance(bn, BNReLUMaxPool) and "_replaced" in bn.__dict__:
-            for name, child in bn.__dict__.pop("_replaced"):
-                setattr(module, name, child)
-            bn.__dict__.pop("pool", None)
-            bn.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
         if isinstance(module, nn.Conv2d) and module.__dict__.pop("_was_contiguous", False):
             module.weight.data = module.weight.data.contiguous()
     return model
@@ -153,7 +188,7 @@ def _fuse_block(name: str, block: nn.Module, memory: Memory, report: Report) -> 
     kind = type(block).__name__
     if not isinstance(block, FusedBlock):
         original: Any = type(block)
-        block.__class__ = converted_class(original)
+        block.__class__ = converted_class(ConvertedBlock, original)
     assert isinstance(block, FusedBlock)
     block.memory = memory
     reason = block.composed_reason()
@@ -163,34 +198,12 @@ def _fuse_block(name: str, block: nn.Module, memory: Memory, report: Report) -> 
     report.rows.append(ReportRow(name, kind, reason is None, reason or ""))
 
 
-def _stem_obstacle(net: Any, act: str) -> str | None:
-    """Why bn1, the activation and the pool of `net` cannot become one BNReLUMaxPool."""
-    bn, pool = net.bn1, getattr(net, "maxpool", None)
-    if type(bn) is not nn.BatchNorm2d:
-        return f"bn1 is a {type(bn).__name__}"
-    if type(pool) is not nn.MaxPool2d:
-        return f"maxpool is a {type(pool).__name__}"
-    kernel, sizes = pool.kernel_size, (pool.kernel_size, pool.stride, pool.padding)
-    if not all(isinstance(s, int) for s in sizes) or (isinstance(kernel, int) and kernel > 11):
-        return f"maxpool has kernel, stride, padding {sizes}, served are squares up to 11"
-    if pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
-        return "maxpool has dilation, ceil_mode or return_indices"
-    return relu_reason(act, getattr(net, act, None)) or hook_reason("bn1", bn) or hook_reason("maxpool", pool)
-
-
-def _fuse_stem(name: str, net: Any, report: Report) -> None:
-    """bn1 becomes BN + ReLU + max pool, the two others pass through: children keep their names and order."""
-    if isinstance(net.bn1, BNReLUMaxPool):
-        report.rows.insert(0, ReportRow(name, "BNReLUMaxPool", True, ""))
-        return
-    act = "relu" if hasattr(net, "relu") else "act1"
-    reason = _stem_obstacle(net, act)
-    if reason is None:
-        pool = net.maxpool
-        bn = net.bn1
-        bn.__class__ = BNReLUMaxPool
-        bn.pool = Pool(pool.kernel_size, pool.stride, pool.padding)
-        bn.__dict__["_replaced"] = ((act, getattr(net, act)), ("maxpool", pool))
-        setattr(net, act, nn.Identity())
-        net.maxpool = nn.Identity()
-    report.rows.insert(0, ReportRow(name, "BNReLUMaxPool", reason is None, reason or ""))
+def _fuse_stem(name: str, network: nn.Module, report: Report) -> None:
+    """The network's forward will run bn1, the activation and the pool as one; `name` is bn1's."""
+    for known, mixin in _NETWORKS.items():
+        if not isinstance(network, FusedStem) and _known_forward(network, {known}):
+            original: Any = type(network)
+            network.__class__ = converted_class(mixin, original)
+    if isinstance(network, FusedStem):
+        reason = network.stem_reason()
+        report.rows.insert(0, ReportRow(name, "BNReLUMaxPool", reason is None, reason or ""))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock
+from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock, FusedStem
 from .ops.bn_act_pool import Pool
 from .planner import explain_units
 from .recorder import Call, recording
@@ -96,6 +96,10 @@ def explain(model: nn.Module, example_input: Tensor) -> Explanation:
             handles = _watch(name, module, calls, explanation)
             for handle in handles:
                 stack.callback(handle.remove)
+        for name, network in model.named_modules():
+            if isinstance(network, FusedStem):
+                _watch_stem(f"{name}.bn1".lstrip("."), network, calls, explanation)
+                stack.callback(vars(network).pop, "stem")
         stack.enter_context(torch.set_grad_enabled(model.training))
         model(example_input)
     return explanation
@@ -107,9 +111,11 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
+        if isinstance(module, FusedStem):
+            inside.add(id(module.bn1))  # a hook there would make the stem run composed
         if isinstance(module, _OURS):
             inside.update(id(child) for child in module.modules())
-            yield name, module
+            yield name or "model", module
         elif not any(module.children()) and any(True for _ in module.parameters()):
             yield name, module
 
@@ -120,7 +126,8 @@ def _watch(name: str, module: nn.Module, calls: list[Call], out: Explanation) ->
 
     def after(module: nn.Module, args: tuple, _output: Any) -> None:
         if isinstance(module, _OURS):
-            out.rows.extend(_row(name, module, call) for call in calls)
+            out.rows.extend(_row(name, type(module).__name__, module, call) for call in calls)
+            calls.clear()
             return
         shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ()
         out.rows.append(Row(name, type(module).__name__, shape, "eager", "not part of a block or stem"))
@@ -128,8 +135,18 @@ def _watch(name: str, module: nn.Module, calls: list[Call], out: Explanation) ->
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _row(name: str, module: nn.Module, call: Call) -> Row:
-    kind = type(module).__name__
+def _watch_stem(name: str, network: FusedStem, calls: list[Call], out: Explanation) -> None:
+    """Until `stem` is deleted from the network's own attributes."""
+
+    def stem(x: Tensor) -> Tensor:
+        y = type(network).stem(network, x)
+        out.rows.extend(_row(name, "BNReLUMaxPool", network, call) for call in calls)
+        return y
+
+    network.stem = stem  # type: ignore[method-assign]
+
+
+def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
     if call.reason is not None:
         return Row(name, kind, call.x_shape, "eager", call.reason)
     spec: Any = call.spec

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_memory, check_unit, fallback_reason
+from .checks import broadcasts, check_memory, check_unit, fallback_reason
 from .ops.aten import Geometry
 from .ops.block import BlockSpec, UnitSpec
 from .ops.layout import acc_dtype
@@ -84,6 +84,7 @@ def residual_block(
     """act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)): a whole block, forward and backward fused.
 
     x: [N, C, H, W]. `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), or None.
+    A shortcut that broadcasts to [N, K, P, Q] runs as plain PyTorch.
     `memory`: "lean" never keeps the last unit's raw output, "fast" keeps it.
     Returns [N, K, P, Q] channels_last; running statistics of training units are moved in place.
     Source of the mathematics: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5;
@@ -93,15 +94,17 @@ def residual_block(
     if not units:
         raise ValueError("units is empty, expected at least one ConvBN")
     everything = [*units, shortcut] if isinstance(shortcut, ConvBN) else list(units)
+    plain = x
     reason = fallback_reason(x, any(unit.has_norm for unit in everything))
+    if reason is None:
+        x, everything, residual = _autocast(x, everything, shortcut)
+        shapes, reason = _check(x, everything, shortcut, residual)
     if reason is not None:
-        record(x, units, shortcut, None, reason)
-        return reference.residual_block(x, units, shortcut, relu)
-    x, everything, residual = _autocast(x, everything, shortcut)
-    shapes = _check(x, everything, shortcut, residual)
+        record(plain, units, shortcut, None, reason)
+        return reference.residual_block(plain, units, shortcut, relu)
     spec = _specify(x, everything, residual, _kind(shortcut), relu, memory)
     record(x, units, shortcut, spec, None)
-    tensors = [t for unit in everything for t in _flat(unit, x)]
+    tensors = [t for unit in everything for t in _flat(unit, x, spec.save)]
     if spec.save:
         y, *stats = ResidualBlock.apply(spec, x, residual, *tensors)
     else:
@@ -136,8 +139,8 @@ def _autocast(x: Tensor, units: list[ConvBN], shortcut: object) -> tuple[Tensor,
     return x, units, residual
 
 
-def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | None) -> list[tuple]:
-    """Checks every argument; the output shape [N, K, P, Q] of each unit."""
+def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | None) -> tuple[list[tuple], str | None]:
+    """Checks every argument; the output shape [N, K, P, Q] of each unit, and why eager PyTorch must run them."""
     projected = isinstance(shortcut, ConvBN)
     shape = tuple(x.shape)
     shapes = []
@@ -145,18 +148,18 @@ def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | 
         shape = check_unit(f"units[{i}]", unit, shape, x)
         shapes.append(shape)
     if shortcut is None:
-        return shapes
+        return shapes, None
     got = tuple((x if residual is None else residual).shape)
     if projected:
         got = check_unit("shortcut", units[-1], tuple(x.shape), x)
         shapes.append(got)
-    if got != shape:
+    if not broadcasts(got, shape):
         raise ValueError(f"residual_block: shortcut gives shape {list(got)}, expected {list(shape)} (the chain's)")
     if residual is not None and (residual.dtype, residual.device) != (x.dtype, x.device):
         raise ValueError(
             f"residual_block: shortcut is {residual.dtype} on {residual.device}, expected {x.dtype} on {x.device}"
         )
-    return shapes
+    return shapes, None if got == shape else f"the shortcut {list(got)} broadcasts to {list(shape)}"
 
 
 def _specify(
@@ -178,24 +181,36 @@ def _specify(
     return BlockSpec(specs, kind, relu, save)
 
 
-def _flat(unit: ConvBN, x: Tensor) -> tuple[Tensor, ...]:
+def vector(t: Tensor | None, default: float, like: Tensor, size: int) -> Tensor:
+    """`t` [size] in the accumulation type of `like`; where it is None, all `default`."""
+    acc = acc_dtype(like.dtype)
+    return like.new_full((size,), default, dtype=acc) if t is None else t.to(acc)
+
+
+def given_stats(running_mean: Tensor | None, running_var: Tensor | None, like: Tensor, size: int, save: bool):
+    """(mean, var) to normalise with, each [size]; own copies if a backward may follow.
+
+    A training step in between moves the running ones in place.
+    """
+    stats = vector(running_mean, 0, like, size), vector(running_var, 1, like, size)
+    return tuple(t.clone() for t in stats) if save else stats
+
+
+def _flat(unit: ConvBN, x: Tensor, save: bool) -> tuple[Tensor, ...]:
     """(weight, gamma, beta, mean, var) as the op takes them: a missing norm is the identity's."""
-    k, acc = unit.weight.shape[0], acc_dtype(x.dtype)
-
-    def vector(t: Tensor | None, default: float) -> Tensor:
-        return x.new_full((k,), default, dtype=acc) if t is None else t.to(acc)
-
+    k = unit.weight.shape[0]
     if not unit.has_norm:
-        return unit.weight, vector(None, 1), vector(unit.bias, 0), vector(None, 0), vector(None, 1)
-    gamma, beta = vector(unit.gamma, 1), vector(unit.beta, 0)
+        beta = vector(unit.bias, 0, x, k)
+        return unit.weight, vector(None, 1, x, k), beta, vector(None, 0, x, k), vector(None, 1, x, k)
+    gamma, beta = vector(unit.gamma, 1, x, k), vector(unit.beta, 0, x, k)
     if unit.batch_stats:
-        mean, var = (x.new_empty((0,), dtype=acc) for _ in range(2))  # not one twice: torch.compile refuses that
+        mean, var = (vector(None, 0, x, 0) for _ in range(2))  # not one twice: torch.compile refuses that
         if unit.bias is not None:  # the batch's mean takes it away again: its gradient is zero
-            beta = beta + 0 * unit.bias.to(acc)
+            beta = beta + 0 * unit.bias.to(beta.dtype)
         return unit.weight, gamma, beta, mean, var
-    mean, var = vector(unit.running_mean, 0), vector(unit.running_var, 1)
+    mean, var = given_stats(unit.running_mean, unit.running_var, x, k, save)
     if unit.bias is not None:
-        beta = beta + gamma * torch.rsqrt(var + unit.eps) * unit.bias.to(acc)
+        beta = beta + gamma * torch.rsqrt(var + unit.eps) * unit.bias.to(beta.dtype)
     return unit.weight, gamma, beta, mean, var
 
 

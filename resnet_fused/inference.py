@@ -4,34 +4,49 @@ On the CPU (float32, bfloat16) every convolution with its bias, its residual and
 weights. Elsewhere the folded convolution runs through ATen. A projection block writes the projection first and lets the
 last convolution add onto it in place: the sum of the dual GEMM [a | x] [W3 ; Wd] without a concatenated operand, which
 neither oneDNN nor cuDNN could read from two tensors and which would have to be copied together first.
+
+Blocks that do more than the plain form (squeeze-excite, anti-aliasing) run module by module, each convolution folded.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
-from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock
-from .convert import fuse_
-from .functional import ConvBN
-from .modules import conv_reason, convbn_of, global_hook_reason, hook_reason, norm_reason
+from .blocks import ConvBNAct, FusedBlock, FusedStem
+from .checks import broadcasts
+from .convert import Converted, ConvertedNetwork, converted_class, fuse_
+from .functional import ConvBN, vector
+from .modules import (
+    NotScripted,
+    conv_reason,
+    convbn_of,
+    global_hook_reason,
+    hook_reason,
+    norm_reason,
+    relu_reason,
+    traced_as_leaf,
+)
 from .ops.aten import fused_conv, has_fused_conv
 from .ops.layout import to_nhwc
 
 _EVAL_ONLY = "is the product of optimize_for_inference: it has no batch norms left to train, and no gradients"
 
 
-class _EvalOnly(nn.Module):
+class _EvalOnly(NotScripted, nn.Module):
     """A folded module: refuses training mode and gradients instead of giving wrong ones."""
 
     def train(self, mode: bool = True) -> _EvalOnly:
-        if mode:
+        if mode:  # before anything has changed
             raise RuntimeError(f"{type(self).__name__} {_EVAL_ONLY}")
         super().train(False)
         return self
@@ -57,7 +72,7 @@ class FoldedConv(_EvalOnly):
         self.eval()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.run(x, residual)
+        return traced_as_leaf(self, x, residual) if isinstance(x, Proxy) else self.run(x, residual)
 
     def run(self, x: Tensor, residual: Tensor | None = None, into_residual: bool = False) -> Tensor:
         """The call itself; `into_residual` allows to write over `residual`."""
@@ -71,28 +86,26 @@ class FoldedConv(_EvalOnly):
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {list(x.shape)}, expected [N, {channels}, H, W]")
         x = to_nhwc(x)
-        if has_fused_conv(x):
-            if residual is not None:
-                self._check_residual(x, residual)
-                residual = to_nhwc(residual)
+        residual = residual if residual is None else self._residual(x, residual)
+        # Packed weights are opaque to torch.compile and torch.jit.trace: those get plain convolutions.
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and has_fused_conv(x):
             return fused_conv(x, self.pack(x), self.bias, self.geometry, residual, self.relu, into_residual)
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
         y = y if residual is None else y + residual
         return torch.relu(y) if self.relu else y
 
-    def _check_residual(self, x: Tensor, residual: Tensor) -> None:
-        """oneDNN's sum does not check its operand."""
+    def _residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual` in the convolution's output shape, checked: oneDNN's sum does not."""
         expected = self.geometry.out_shape(x.shape, self.weight.shape)
-        if tuple(residual.shape) != expected or residual.dtype != x.dtype:
+        if not broadcasts(tuple(residual.shape), expected) or residual.dtype != x.dtype:
             got = f"{list(residual.shape)} {residual.dtype}"
             raise ValueError(f"residual is {got}, expected {list(expected)} {x.dtype} (the convolution's output)")
+        return to_nhwc(residual if residual.shape == expected else residual.expand(expected))
 
     def pack(self, x: Tensor) -> Tensor:
         """The weight as oneDNN likes it for inputs of this shape."""
         packed = self._packed.get(tuple(x.shape))
         if packed is None:
-            if torch.compiler.is_compiling():
-                return self.weight
             stride, padding, dilation, groups = self.geometry
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's shape
             with torch.inference_mode(False):
@@ -126,6 +139,8 @@ class FoldedBlock(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""
+        if isinstance(x, Proxy):
+            return traced_as_leaf(self, x)
         x = to_nhwc(x)
         shortcut: Any = self.shortcut
         residual = x if shortcut is None else shortcut(x)
@@ -135,24 +150,20 @@ class FoldedBlock(_EvalOnly):
         return convs[-1].run(x, residual, isinstance(shortcut, FoldedConv))
 
 
+@torch.no_grad()
 def fold(unit: ConvBN) -> tuple[Tensor, Tensor]:
     """(weight, bias) of one convolution equal to conv + batch norm with the running statistics.
 
     Computed in at least float32 and rounded once.
     """
-    dtype = unit.weight.dtype
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    k = unit.weight.shape[0]
-
-    def vector(t: Tensor | None, default: float) -> Tensor:
-        return unit.weight.new_full((k,), default, dtype=acc) if t is None else t.detach().to(acc)
-
-    weight, bias = unit.weight.detach().to(acc), vector(unit.bias, 0)
+    like, k = unit.weight, unit.weight.shape[0]
+    bias = vector(unit.bias, 0, like, k)
+    weight = unit.weight.to(bias.dtype)
     if unit.has_norm:
-        scale = vector(unit.gamma, 1) * torch.rsqrt(vector(unit.running_var, 1) + unit.eps)
+        scale = vector(unit.gamma, 1, like, k) * torch.rsqrt(vector(unit.running_var, 1, like, k) + unit.eps)
         weight = weight * scale.view(-1, 1, 1, 1)
-        bias = (bias - vector(unit.running_mean, 0)) * scale + vector(unit.beta, 0)
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
+        bias = (bias - vector(unit.running_mean, 0, like, k)) * scale + vector(unit.beta, 0, like, k)
+    return weight.to(like.dtype).contiguous(memory_format=torch.channels_last), bias.to(like.dtype)
 
 
 def _fold_reason(unit: ConvBN) -> str | None:
@@ -184,24 +195,71 @@ def optimize_for_inference(model: nn.Module, example_input: Tensor) -> nn.Module
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise ValueError(f"example_input is {_describe(example_input)}, expected a Tensor [N, C, H, W]")
-    result = copy.deepcopy(model).eval().requires_grad_(False)
+    result = _eval_copy(model)
     fuse_(result)  # finds the blocks and stems
     report = FoldReport()
-    folded: dict[nn.Module, nn.Module] = {}
-    if replacement := _folded_module("model", result, report):
-        result = replacement
+    folded: dict[nn.Module | None, nn.Module] = {}
     for name, module in list(result.named_modules()):
-        _fold_stem(name, module, report)
-        if replacement := _folded_module(name, module, report):
+        if isinstance(module, FusedStem):
+            _fold_stem(name, module, report)
+        if replacement := _folded_module(name or "model", module, report):
             folded[module] = replacement
-    for parent in list(result.modules()):
-        for name, child in parent._modules.items():
-            if child in folded:
-                parent._modules[name] = folded[child]
+    result = folded.get(result, result)
+    _replace_children(result, lambda child: folded.get(child, child))
+    result = _eval_only(result)
     result.report = report  # type: ignore[assignment]
     with torch.no_grad():
         result(example_input)  # packs
     return result
+
+
+class OptimizedModel(Converted):
+    """What `optimize_for_inference` returns: refuses training mode before any part of it has changed."""
+
+    prefix = "Optimized"
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        if mode:
+            raise RuntimeError(f"{type(self).__name__} {_EVAL_ONLY}")
+        super().train(False)
+        return self
+
+
+def _eval_only(model: nn.Module) -> nn.Module:
+    """`model` as an OptimizedModel; networks, whose stems are folded now, get their own class back."""
+    for module in model.modules():
+        if isinstance(module, ConvertedNetwork) or (module is model and isinstance(module, Converted)):
+            module.__class__ = module.original  # type: ignore[assignment]
+    if not isinstance(model, _EvalOnly):
+        original: Any = type(model)
+        model.__class__ = converted_class(OptimizedModel, original)
+    return model.eval()
+
+
+def _eval_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without torch.compile's wrappers and without timm's drops, which do nothing there."""
+
+    def plain(child: Any) -> Any:
+        child = _uncompiled(child)
+        drops = type(child).__name__ in ("DropPath", "DropBlock2d") and type(child).__module__.startswith("timm.")
+        return nn.Identity() if drops and hook_reason("", child) is None else child
+
+    result = copy.deepcopy(_uncompiled(model)).eval().requires_grad_(False)
+    _replace_children(result, plain)
+    return result.eval()
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile wrapped."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _replace_children(parent: nn.Module, by: Callable[[Any], Any]) -> None:
+    for name, child in parent._modules.items():
+        parent._modules[name] = replacement = by(child)
+        if replacement is not None:
+            _replace_children(replacement, by)
 
 
 def _describe(value: object) -> str:
@@ -211,7 +269,7 @@ def _describe(value: object) -> str:
 def _folded_module(name: str, module: nn.Module, report: FoldReport) -> nn.Module | None:
     """The folded form of a block or unit, or None."""
     if isinstance(module, FusedBlock):
-        reason, result = _fold_block(module)
+        reason, result = _fold_block(name, module, report)
     elif isinstance(module, ConvBNAct):
         reason, result = _fold_unit(module)
     else:
@@ -223,16 +281,24 @@ def _folded_module(name: str, module: nn.Module, report: FoldReport) -> nn.Modul
     return result
 
 
-def _fold_block(block: FusedBlock) -> tuple[str | None, nn.Module | None]:
-    units = [] if block.composed_reason() else [convbn_of(conv, bn) for _, conv, _, bn in block.layers()]  # type: ignore[arg-type]
-    projection = block.projection()
-    shortcut: Any = convbn_of(*projection) if projection else getattr(block, "downsample", None)
-    reason = block.composed_reason() or hook_reason("the block", block)
+def _fold_block(name: str, block: FusedBlock, report: FoldReport) -> tuple[str | None, nn.Module | None]:
     if type(block).forward is not FusedBlock.forward:
-        reason = f"{type(block).__name__} has a forward of its own"
-    for unit in [*units, *([shortcut] if projection else [])]:
-        reason = reason or _fold_reason(unit)
-    return (reason, None) if reason else (None, FoldedBlock(units, shortcut))
+        return f"{type(block).__name__} has a forward of its own", None
+    down: Any = getattr(block, "downsample", None)
+    projection = block.projection()
+    reason = block.composed_reason() or hook_reason("the block", block)
+    if reason is None:
+        units = [convbn_of(conv, bn) for _, conv, _, bn in block.layers()]  # type: ignore[arg-type]
+        shortcut = convbn_of(*projection) if projection else down
+        for unit in [*units, *([shortcut] if isinstance(shortcut, ConvBN) else [])]:
+            reason = reason or _fold_reason(unit)
+    if reason is None and projection is not None:
+        return None, FoldedBlock(units, shortcut)
+    _fold_chain(_slots(f"{name}.downsample", down), report)
+    if reason is None:
+        return None, FoldedBlock(units, shortcut)
+    _fold_chain(_block_slots(name, block), report)
+    return reason, None
 
 
 def _fold_unit(module: ConvBNAct) -> tuple[str | None, nn.Module | None]:
@@ -243,18 +309,68 @@ def _fold_unit(module: ConvBNAct) -> tuple[str | None, nn.Module | None]:
     return (reason, None) if reason else (None, FoldedConv(unit, module.relu))
 
 
-def _fold_stem(name: str, net: nn.Module, report: FoldReport) -> None:
-    """conv1 + bn1 (BN + ReLU + pool) become a folded convolution with ReLU, and the pool."""
-    conv, bn = getattr(net, "conv1", None), getattr(net, "bn1", None)
-    if not isinstance(bn, BNReLUMaxPool) or conv is None:
-        return
-    where = f"{name}.conv1".lstrip(".")
-    reason = global_hook_reason() or conv_reason("conv1", conv) or hook_reason("bn1", bn)
-    if reason is None and bn.running_mean is None:
-        reason = "bn1 has no running statistics"
+def _fold_stem(name: str, network: FusedStem, report: FoldReport) -> None:
+    """conv1 (in a deep stem several layers), bn1 and the activation."""
+    prefix = f"{name}." if name else ""
+    conv1 = Slot(f"{prefix}conv1", network, "conv1")
+    behind = [Slot(f"{prefix}{key}", network, key) for key in ("bn1", network.act_name)]
+    reason = _fold_chain([*(_slots(conv1.name, network.conv1) or [conv1]), *behind], report)
     if reason is not None:
-        report.left[where] = reason
-        return
-    net._modules["conv1"] = FoldedConv(convbn_of(conv, bn), relu=True)
-    net._modules["bn1"] = nn.MaxPool2d(*bn.pool)
-    report.folded.append(where)
+        report.left[conv1.name] = reason
+
+
+class Slot(NamedTuple):
+    """A module as its parent's child `key`; `name` is the whole path."""
+
+    name: str
+    parent: nn.Module
+    key: str
+
+    @property
+    def module(self) -> Any:
+        return self.parent._modules.get(self.key)
+
+    def put(self, module: nn.Module) -> None:
+        self.parent._modules[self.key] = module
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing happens here."""
+        return self.module is None or (type(self.module) is nn.Identity and hook_reason("", self.module) is None)
+
+
+def _slots(name: str, sequence: Any) -> list[Slot]:
+    """The layers of a plain nn.Sequential, in order; of anything else, none."""
+    if not isinstance(sequence, nn.Sequential) or type(sequence).forward is not nn.Sequential.forward:
+        return []
+    return [] if hook_reason(name, sequence) else [Slot(f"{name}.{key}", sequence, key) for key in sequence._modules]
+
+
+def _block_slots(name: str, block: FusedBlock) -> list[Slot]:
+    """The main path of a block, in order, without torchvision's `relu`, which also ends the block."""
+    keys: list[str] = []
+    for i, (conv, _, bn, _) in enumerate(block.layers(), 1):
+        last = not hasattr(block, f"conv{i + 1}")
+        keys += [conv, bn] if last else [conv, bn, "drop_block", f"act{i}"]
+    return [Slot(f"{name}.{key}", block, key) for key in keys]
+
+
+def _fold_chain(slots: list[Slot], report: FoldReport) -> str | None:
+    """Folds each convolution with the norm, and that with the ReLU, that follow at once: these become identities.
+
+    `slots` are in the order of execution. Returns why the last convolution was not folded.
+    """
+    slots = [slot for slot in slots if not slot.passes]
+    reason: str | None = "no convolution with a norm behind it"
+    for i, (conv, norm) in enumerate(pairwise(slots)):
+        if not isinstance(conv.module, nn.Conv2d):
+            continue
+        reason = global_hook_reason() or conv_reason(conv.key, conv.module) or norm_reason(norm.key, norm.module)
+        reason = reason or _fold_reason(convbn_of(conv.module, norm.module))
+        if reason is None:
+            acts = [slot for slot in slots[i + 2 : i + 3] if relu_reason(slot.key, slot.module) is None]
+            conv.put(FoldedConv(convbn_of(conv.module, norm.module), relu=bool(acts)))
+            for slot in (norm, *acts):
+                slot.put(nn.Identity())
+            report.folded.append(conv.name)
+    return reason

@@ -57,17 +57,18 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
-def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> int:
+def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = (), least: int = 0) -> int:
     """Bytes that `forward()` keeps for its backward pass, each storage counted once.
 
-    The storages of `exclude` (parameters and buffers, which are there anyway) do not count.
+    The storages of `exclude` (parameters and buffers, which are there anyway) do not count, nor do those of fewer
+    than `least` bytes.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in known and storage.nbytes() >= least:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

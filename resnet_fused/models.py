@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
-from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct
+from .blocks import BasicBlock, Bottleneck, ConvBNAct, FusedStem
 
 Block = type[reference.BasicBlock] | type[reference.Bottleneck]  # the fused blocks inherit from these
 
 
-class ResNet(nn.Module):
+class ResNet(FusedStem):
     """ResNet for [N, 3, H, W] images, returning logits [N, num_classes].
 
     Arguments as `torchvision.models.ResNet`; `block` is a class with torchvision's block signature
-    and an `expansion`. With batch norm (the default) `bn1` does the work of `bn1`, `relu` and
-    `maxpool` in one pass, and those two are identities; any other `norm_layer` keeps all three.
+    and an `expansion`. With batch norm (the default) `bn1`, `relu` and `maxpool` run in one pass.
 
     Raises ValueError if `replace_stride_with_dilation` has not three entries.
     """
@@ -48,7 +47,9 @@ class ResNet(nn.Module):
         self.base_width = width_per_group
 
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1, self.relu, self.maxpool = _stem_tail(64, self._norm_layer)
+        self.bn1 = self._norm_layer(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.layer1 = self._make_layer(block, 64, layers[0])
         self.layer2 = self._make_layer(block, 128, layers[1], 2, dilate[0])
         self.layer3 = self._make_layer(block, 256, layers[2], 2, dilate[1])
@@ -80,16 +81,8 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-def _stem_tail(planes: int, norm_layer: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(bn1, relu, maxpool): one fused module and two identities where the norm is PyTorch's own."""
-    if norm_layer is nn.BatchNorm2d:
-        return BNReLUMaxPool(planes), nn.Identity(), nn.Identity()
-    return norm_layer(planes), nn.ReLU(inplace=True), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
 
 def _init_he(model: nn.Module) -> None:

@@ -59,6 +59,18 @@ def relu_reason(name: str, act: Any) -> str | None:
     return hook_reason(name, act)
 
 
+def pool_reason(name: str, pool: Any) -> str | None:
+    """Why the fused stem cannot stand in for this max pool."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{name} is a {type(pool).__name__}"
+    sizes: tuple[Any, ...] = (pool.kernel_size, pool.stride, pool.padding)
+    if not all(isinstance(size, int) for size in sizes) or sizes[0] > 11:
+        return f"{name} has kernel, stride, padding {sizes}, served are squares up to 11"
+    if pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
+        return f"{name} has dilation, ceil_mode or return_indices"
+    return hook_reason(name, pool)
+
+
 def convbn_of(conv: nn.Conv2d, bn: Any) -> ConvBN:
     """The unit of a convolution and its norm."""
     where: dict[str, Any] = {
@@ -84,6 +96,16 @@ def convbn_of(conv: nn.Conv2d, bn: Any) -> ConvBN:
         momentum=None if frozen else bn.momentum,
         eps=bn.eps,
     )
+
+
+class NotScripted:
+    """Mixin of modules whose forward TorchScript cannot compile."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script does not take a {type(self).__name__}: use torch.jit.trace, torch.export or "
+            "torch.compile, or script the unfused model"
+        )
 
 
 def traced_as_leaf(module: nn.Module, *args: Any) -> Any:

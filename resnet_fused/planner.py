@@ -1,7 +1,8 @@
 """Which plan each unit runs by, and why.
 
 An end unit (the last of a chain, or a projection) either keeps its raw output for backward, computes it again, or
-never has it: the Gram form (`ops/gram.py`). All three give the same numbers to rounding.
+never has it: the Gram form (`ops/gram.py`). All three give the same numbers to rounding: the Gram form convolves
+those outputs after all in which it would cancel, which depends on the data and so is no part of the plan.
 """
 
 from __future__ import annotations
@@ -27,13 +28,21 @@ def gram_share(pixels: int, c: int, k: int) -> float:
     return 2 * (pixels + k) * c / (3 * pixels * k)
 
 
-def gram_obstacle(unit: ConvBN, x_shape: tuple[int, ...], projection: bool, dtype: torch.dtype) -> str | None:
-    """Why a unit cannot, or should not, take the Gram form; None if it should."""
+def gram_obstacle(
+    unit: ConvBN, x_shape: tuple[int, ...], projection: bool, dtype: torch.dtype, kernels: bool
+) -> str | None:
+    """Why a unit cannot, or should not, take the Gram form; None if it should.
+
+    kernels: whether the matrix kernels run it. They are bound by memory up to far more channels than a ResNet has: for
+    M pixels the Gram form costs them about 4 M C C FLOPs more and moves 10 M K bytes less.
+    """
     k, c, r, s = unit.weight.shape
     if (r, s) != (1, 1) or unit.groups != 1 or unit.padding != (0, 0):
         return "not a dense 1x1 convolution"
     if not unit.batch_stats:
         return "statistics are given, not the batch's"
+    if kernels and c % 8 == 0 and k % 8 == 0:
+        return None if unit.stride == (1, 1) or (projection and unit.stride[0] == unit.stride[1]) else "strided"
     if dtype == torch.float16:  # the sums over pixels come out of a convolution's wgrad, in its type
         return "the Gram form's sums over pixels may leave float16's range"
     if unit.stride[0] != unit.stride[1] or (unit.stride != (1, 1) and not projection):
@@ -46,28 +55,38 @@ def gram_obstacle(unit: ConvBN, x_shape: tuple[int, ...], projection: bool, dtyp
 
 
 def plan_end(
-    unit: ConvBN, x_shape: tuple[int, ...], projection: bool, memory: str, dtype: torch.dtype
+    unit: ConvBN, x_shape: tuple[int, ...], projection: bool, memory: str, dtype: torch.dtype, kernels: bool
 ) -> tuple[str, str]:
     """(plan, reason) of an end unit with input shape [N, C, H, W]."""
     if memory == "fast":
         return "keep", "memory='fast'"
     if unit.weight.shape[2:] != (1, 1):
         return "keep", "running a k x k convolution again costs more than its output"
-    obstacle = gram_obstacle(unit, x_shape, projection, dtype)
+    obstacle = gram_obstacle(unit, x_shape, projection, dtype, kernels)
     if obstacle is None:
         return "gram", "its statistics follow from its operand's Gram matrix"
     return "recompute", obstacle
 
 
 def plan_units(
-    x_shape: tuple[int, ...], units: Sequence[ConvBN], projected: bool, memory: str, dtype: torch.dtype
+    x_shape: tuple[int, ...],
+    units: Sequence[ConvBN],
+    projected: bool,
+    memory: str,
+    dtype: torch.dtype,
+    kernels: bool = False,
 ) -> list[str]:
     """The plan of every unit of a block; the projection is the last of `units` if `projected`."""
-    return [plan for plan, _ in explain_units(x_shape, units, projected, memory, dtype)]
+    return [plan for plan, _ in explain_units(x_shape, units, projected, memory, dtype, kernels)]
 
 
 def explain_units(
-    x_shape: tuple[int, ...], units: Sequence[ConvBN], projected: bool, memory: str, dtype: torch.dtype
+    x_shape: tuple[int, ...],
+    units: Sequence[ConvBN],
+    projected: bool,
+    memory: str,
+    dtype: torch.dtype,
+    kernels: bool = False,
 ) -> list[tuple[str, str]]:
     """(plan, reason) of every unit."""
     last = len(units) - 1 - projected
@@ -75,8 +94,8 @@ def explain_units(
     plans: list[tuple[str, str]] = []
     for i, unit in enumerate(units[: last + 1]):
         inner = ("keep", "its activation is recomputed from its raw output")
-        plans.append(plan_end(unit, shape, False, memory, dtype) if i == last else inner)
+        plans.append(plan_end(unit, shape, False, memory, dtype, kernels) if i == last else inner)
         shape = unit.geometry.out_shape(shape, unit.weight.shape)
     if projected:
-        plans.append(plan_end(units[-1], x_shape, True, memory, dtype))
+        plans.append(plan_end(units[-1], x_shape, True, memory, dtype, kernels))
     return plans

@@ -16,6 +16,8 @@ from .console import make_console
 from .data import Digits, mnist_5k, require
 from .evaluate import accuracy, save_checkpoint
 
+SEEDS = range(-(2**63), 2**64)  # what torch takes
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -27,6 +29,13 @@ class Recipe:
     lr: float = 0.005
     momentum: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.seed not in SEEDS:
+            raise ValueError(f"seed is {self.seed}, expected -2**63 to 2**64 - 1")
 
 
 RECIPES = {"mnist": Recipe()}
@@ -78,13 +87,14 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", console=None) -> Ru
     curve so far stay. Raises DivergenceError, naming the iteration, once the loss is not finite.
     """
     console = console or make_console()
-    folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the first epoch
-    train_set, test_set = mnist_5k()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = models.create(recipe.model).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
     shuffle = torch.Generator().manual_seed(recipe.seed)
+    train_set, test_set = mnist_5k()
+    # After everything that a bad argument fails, and before the first epoch.
+    folder.mkdir(parents=True, exist_ok=True)
     run = Run(recipe, folder)
     start = time.perf_counter()
     try:

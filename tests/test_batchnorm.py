@@ -191,3 +191,18 @@ def test_low_precision_parameters_and_statistics(dtype, training) -> None:
         fused, eager = (block.train(training).to(dtype) for block in bottlenecks(planes=16))
         draws.append(draw_modules(fused, eager, activation(64, 16).detach().to(dtype).requires_grad_()))
     assert_agrees(draws, dtype)
+
+
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("module", ["block", "stem"])
+def test_a_training_step_before_the_backward_of_an_evaluation(module, memory) -> None:
+    """Backward is that of the statistics that its forward used. (Eager's batch norm reads the moved ones.)"""
+    fused = bottlenecks()[0] if module == "block" else randomise(rf.BNReLUMaxPool(16))
+    fused.double().eval().memory = memory
+    x = activation().double().detach().requires_grad_()
+    leaves = [x, *fused.parameters()]
+    expected = torch.autograd.grad(fused(x).square().sum(), leaves)
+    y = fused(x)
+    fused.train()(3 * x.detach() + 1)
+    for got, want in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(got, want)

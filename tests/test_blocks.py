@@ -138,6 +138,40 @@ def test_a_foreign_shortcut_runs_by_itself(training) -> None:
     check_modules(fused.train(training), eager.train(training), activation("Bottleneck"))
 
 
+class Gate(nn.Module):
+    """A shortcut with one value a channel."""
+
+    def forward(self, x):
+        return x.mean((2, 3), keepdim=True)
+
+
+SHORTCUTS = {
+    "foreign": lambda: Gate(),
+    "projection to one pixel": lambda: nn.Sequential(nn.Conv2d(16, 16, 6, bias=False), nn.BatchNorm2d(16)),
+    "projection to one channel": lambda: nn.Sequential(nn.Conv2d(16, 1, 1, bias=False), nn.BatchNorm2d(1)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_shortcut_that_broadcasts_runs_composed(name, shortcut, training) -> None:
+    fused, eager = pair(name, 16 if name == "BasicBlock" else 4)
+    eager.downsample = randomise(SHORTCUTS[shortcut]())
+    fused.downsample = copy.deepcopy(eager.downsample)
+    x = activation("Bottleneck")
+    (reason,) = reasons(fused, x)
+    assert "broadcasts to [3, 16, 6, 6]" in reason
+    check_modules(fused.train(training), eager.train(training), x)
+
+
+def test_an_identity_that_broadcasts_runs_composed() -> None:
+    fused, eager = (source.BasicBlock(1, 8) for source in (rf, tv))
+    x = torch.randn(2, 1, 6, 6).requires_grad_()
+    assert reasons(fused, x) == ["the shortcut [2, 1, 6, 6] broadcasts to [2, 8, 6, 6]"]
+    check_modules(fused, randomise(eager), x)
+
+
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("residual", [True, False])

@@ -55,6 +55,13 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{torch.get_num_threads()} threads" in lines["cpu"]
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"resnet_fused {__version__}\n"
+
+
 @pytest.mark.parametrize("flags", [[], ["--training"], ["--dtype", "bfloat16"]])
 def test_explain(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--model", "resnet18", "--batch", "2", "--size", "64", *flags]) == 0
@@ -104,6 +111,8 @@ def test_failures_are_one_line(
         (["train", "--lr", "nan"], "'nan' is not a finite number above 0"),
         (["train", "--momentum", "1"], "'1' is not in [0, 1)"),
         (["train", "--lr", "fast"], "'fast' is not a number"),
+        (["train", "--seed", str(2**64)], "argument --seed: '18446744073709551616' is not a whole number from -2**63"),
+        (["train", "--seed", "x"], "argument --seed: 'x' is not a whole number"),
         (["explain", "--model", "vgg"], "invalid choice: 'vgg'"),
         (["eval"], "checkpoint"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -225,11 +226,119 @@ def test_detection_backbones():
     extractor = create_feature_extractor(model, {"layer1": "a", "layer3.0": "b", "avgpool": "c"})
     with recording() as calls:
         got = extractor(x)
-    assert len(calls) == 9  # the extracted graph still runs fused
+    assert [call.reason for call in calls] == [None] * 8  # the blocks: the stem's modules stay apart, to be tapped
     for name, y in expected.items():
         torch.testing.assert_close(got[name], y)
     layers = IntermediateLayerGetter(model, {"layer1": "a"})(x)
     torch.testing.assert_close(layers["a"], expected["a"])
+
+
+NETWORKS = {
+    "torchvision": lambda: small("resnet18"),
+    "timm": lambda: randomise(timm.create_model("resnet18", num_classes=10)),
+    "timm, deep stem": lambda: randomise(timm.create_model("resnet18d", num_classes=10)),
+}
+
+
+def eager_and_fused(name: str, training: bool) -> tuple[nn.Module, nn.Module]:
+    eager = NETWORKS[name]().double().train(training)
+    fused = copy.deepcopy(eager)
+    rf.fuse_(fused)
+    return eager, fused
+
+
+def assert_same(got, expected) -> None:
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_stem_can_be_tapped_anywhere(name, training):
+    """By a feature extractor, by a hook, and by calling the modules one by one."""
+    x = images().double()
+    taps = {n: n for n in ("conv1", "bn1", "relu" if name == "torchvision" else "act1", "maxpool", "layer1")}
+    if name == "timm, deep stem":
+        taps.pop("conv1")  # no leaf
+    for tap in (
+        lambda model: list(create_feature_extractor(model, taps)(x).values()),
+        lambda model: list(IntermediateLayerGetter(model, taps)(x).values()),
+        lambda model: hooked(model, taps, x),
+    ):
+        models_ = eager_and_fused(name, training)
+        expected, got = (tap(model) for model in models_)
+        assert_same(got, expected)
+        assert_same(list(models_[1].buffers()), list(models_[0].buffers()))
+
+
+def hooked(model: nn.Module, names, x: torch.Tensor) -> list[torch.Tensor]:
+    seen = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda _module, _args, y: seen.append(y.clone()))
+    return [model(x), *seen]
+
+
+@pytest.mark.parametrize("name", ["timm", "timm, deep stem"])
+def test_timm_intermediates(name):
+    eager, fused = eager_and_fused(name, True)
+    x = images().double()
+    (y, features), (z, ours) = (model.forward_intermediates(x) for model in (eager, fused))
+    assert_same([z, *ours], [y, *features])
+    for model in (eager, fused):
+        model.prune_intermediate_layers([0])
+    assert_same([fused(x)], [eager(x)])
+
+
+def test_timm_gradient_checkpointing():
+    steps, x = [], images().double()
+    for model in eager_and_fused("timm", True):
+        model.set_grad_checkpointing()
+        y = model(x)
+        steps.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    assert_same(*steps)
+
+
+@pytest.mark.parametrize("change", ["hook", "other pool", "SyncBatchNorm"])
+def test_a_stem_changed_later_runs_composed(change):
+    eager, fused = eager_and_fused("torchvision", False)
+    for model in (eager, fused):
+        if change == "hook":
+            model.relu.register_forward_hook(lambda _module, _args, y: 2 * y)
+        elif change == "other pool":
+            model.maxpool = nn.AvgPool2d(2)
+        else:
+            model.bn1 = nn.SyncBatchNorm.convert_sync_batchnorm(model.bn1)
+    x = images().double()
+    with recording() as calls:
+        got = fused(x)
+    reasons = {"hook": "relu has a forward hook", "other pool": "maxpool is a AvgPool2d"}
+    assert calls[0].reason == reasons.get(change, "bn1 is a SyncBatchNorm")
+    assert_same([got], [eager(x)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks_compile_and_export(name, training):
+    torch._dynamo.reset()
+    _, model = eager_and_fused(name, training)
+    x = images().double()
+    with recording() as calls:
+        expected = copy.deepcopy(model)(x)
+    assert [call.reason for call in calls] == [None] * 9  # the stem and eight blocks
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(copy.deepcopy(model), (x,))
+    assert sum("bn_act_pool" in str(node.target) for node in exported.graph.nodes) == 1
+    assert_same([compiled(x), exported.module()(x)], [expected, expected])
+
+
+def test_a_whole_network_is_traced_by_jit():
+    _, model = eager_and_fused("torchvision", False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, images().double())
+        x = images(3).double()
+        assert_same([traced(x)], [model(x)])
 
 
 def test_bad_arguments():
@@ -251,7 +360,9 @@ def test_a_shortcut_with_its_own_forward_runs_as_it_is():
     block = models.resnet.BasicBlock(8, 8, downsample=Doubled(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))).double().eval()
     x = torch.randn(2, 8, 6, 6).double()
     expected = block(x)
-    assert "downsample runs as it is" in rf.fuse_(block).rows[0].reason
+    (row,) = rf.fuse_(block).rows
+    assert row.name == "model"
+    assert "downsample runs as it is" in row.reason
     torch.testing.assert_close(block(x), expected)
 
 

@@ -121,10 +121,10 @@ BAD = {
         ValueError,
         ["shortcut gives shape [2, 16, 4, 5]", "expected [2, 16, 4, 4]"],
     ),
-    "broadcast residual": (
-        lambda: replace(case(), shortcut=torch.randn(1, 16, 1, 1)),
+    "residual that is larger": (
+        lambda: replace(case(), x=torch.randn(1, 16, 4, 4), shortcut=torch.randn(2, 16, 4, 4)),
         ValueError,
-        ["shortcut gives shape [1, 16, 1, 1]", "expected [2, 16, 4, 4]"],
+        ["shortcut gives shape [2, 16, 4, 4]", "expected [1, 16, 4, 4]"],
     ),
     "residual's dtype": (
         lambda: replace(case(), shortcut=torch.randn(2, 16, 4, 4).double()),

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision import models
 
 import resnet_fused as rf
+from resnet_fused.measure import saved_bytes
 from resnet_fused.recorder import recording
 from resnet_fused.traffic import block_bytes
 
@@ -34,16 +35,16 @@ def test_a_fused_resnet():
 def test_modes_and_reasons():
     x = torch.randn(2, 256, 56, 56)
     block = rf.Bottleneck(256, 64)
-    assert rows_of(block, x)[""].plan == "aten: gram"
+    assert rows_of(block, x)["model"].plan == "aten: gram"
     block.memory = "fast"
-    assert rows_of(block, x)[""].plan == "aten: keep"
-    assert "fast" in rows_of(block, x)[""].reason
+    assert rows_of(block, x)["model"].plan == "aten: keep"
+    assert "fast" in rows_of(block, x)["model"].reason
     block.bn3.eval()
     block.memory = "lean"
-    assert rows_of(block, x)[""].plan == "aten: recompute"
+    assert rows_of(block, x)["model"].plan == "aten: recompute"
     block.conv2.register_forward_hook(lambda *args: None)
-    assert rows_of(block, x)[""].plan == "eager"
-    assert "hook" in rows_of(block, x)[""].reason
+    assert rows_of(block, x)["model"].plan == "eager"
+    assert "hook" in rows_of(block, x)["model"].reason
 
 
 def test_nothing_is_changed():
@@ -88,18 +89,9 @@ def test_kept_bytes_are_what_autograd_keeps(memory, stride):
     down = nn.Sequential(nn.Conv2d(64, 128, 1, stride, bias=False), nn.BatchNorm2d(128))
     block = rf.Bottleneck(64, 32, stride, down)
     block.memory = memory
-    own = {p.data_ptr() for p in block.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.data_ptr() not in own:
-            kept[t.data_ptr()] = t
-        return t
-
     x = torch.randn(4, 64, 56, 56).to(memory_format=torch.channels_last)
-    with recording() as calls, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        block(x)
-    large = sum(t.untyped_storage().nbytes() for t in kept.values() if t.numel() > 64 * 64)
+    with recording() as calls:
+        large = saved_bytes(lambda: block(x), block.parameters(), least=64 * 64 * 4 + 1)
     assert large == block_bytes(calls[0])[1].saved
 
 
@@ -115,3 +107,12 @@ def test_printed_table():
 def test_bad_argument():
     with pytest.raises(TypeError, match="model is a str"):
         rf.explain("resnet50", IMAGE)
+
+
+def test_a_hook_on_the_stem_is_told():
+    model = models.resnet18()
+    rf.fuse_(model)
+    model.relu.register_forward_hook(lambda *args: None)
+    row = rows_of(model)["bn1"]
+    assert (row.plan, row.reason) == ("eager", "relu has a forward hook")
+    assert "stem" not in vars(model)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torchvision.models._utils import IntermediateLayerGetter
 
 import resnet_fused as rf
 
@@ -57,7 +60,10 @@ NETWORKS = {
     "timm-resnet18": lambda: timm.create_model("resnet18"),
     "timm-resnet50d": lambda: timm.create_model("resnet50d"),
     "timm-seresnet50": lambda: timm.create_model("seresnet50"),
+    "timm-resnetblur50": lambda: timm.create_model("resnetblur50"),
+    "timm-drops": lambda: timm.create_model("resnet26d", drop_path_rate=0.3, drop_block_rate=0.2),
 }
+COMPOSED = ("timm-seresnet50", "timm-resnetblur50")  # their blocks stay, with folded convolutions
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -71,15 +77,16 @@ def test_equals_eager_eval(name, fused):
     optimized = rf.optimize_for_inference(source, images())
     assert_equal_within_rule(model, optimized, images())
     assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items()), "the source model was changed"
-    if name in ("resnet18", "resnet50", "resnext50", "wide_resnet50", "timm-resnet18"):
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.modules())
+    if name not in COMPOSED:
         assert not optimized.report.left
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.modules())
 
 
 def test_report_names_what_was_left():
     optimized = rf.optimize_for_inference(timm.create_model("seresnet50").eval(), images())
     assert "layer1.0" in optimized.report.left
     assert "se is a" in optimized.report.left["layer1.0"]
+    assert {"layer1.0.conv1", "layer1.0.conv3", "layer1.0.downsample.0"} <= set(optimized.report.folded)
     assert "left as they were" in str(optimized.report)
 
 
@@ -165,8 +172,8 @@ def test_what_cannot_fold_is_left():
 def test_refusals():
     x = images()
     optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), x)
-    with pytest.raises(RuntimeError, match="optimize_for_inference"):
-        optimized.train()
+    with pytest.raises(RuntimeError, match="forward-mode differentiation"), forward_ad.dual_level():
+        optimized(forward_ad.make_dual(x, x))
     with pytest.raises(RuntimeError, match="requires grad"):
         optimized(x.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"bfloat16, expected torch.float32"), torch.no_grad():
@@ -213,3 +220,98 @@ def test_a_shortcut_of_another_size_is_refused():
     unit = rf.optimize_for_inference(rf.ConvBNAct(8, 8, 3), torch.randn(1, 8, 9, 9))
     with pytest.raises(ValueError, match=r"residual is \[1, 8, 9, 9\]"):
         unit(torch.randn(1, 8, 9, 9), torch.randn(1, 8, 9, 9))
+
+
+@pytest.mark.parametrize("kind", ["network", "sequence", "block", "unit"])
+def test_training_mode_is_refused_before_anything_changes(kind):
+    network = torchvision_models.resnet18()
+    model = {
+        "network": network,
+        "sequence": nn.Sequential(nn.Dropout(), network, nn.Dropout()),
+        "block": rf.BasicBlock(3, 3),
+        "unit": rf.ConvBNAct(3, 3, 3),
+    }[kind]
+    optimized = rf.optimize_for_inference(model, images())
+    for copied in (optimized, copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+        with pytest.raises(RuntimeError, match="is the product of optimize_for_inference"):
+            copied.train()
+        assert not any(module.training for module in copied.modules())
+        assert copied.eval() is copied
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_compiled_model_is_unwrapped(inner):
+    model = randomised(torchvision_models.resnet18())
+    compiled = copy.deepcopy(model)
+    if inner:
+        compiled.layer1 = torch.compile(compiled.layer1)
+    else:
+        compiled = torch.compile(compiled)
+    optimized = rf.optimize_for_inference(compiled, images())
+    assert [name for name, _ in optimized.named_modules() if "_orig_mod" in name] == []
+    assert "layer1.0" in optimized.report.folded
+    assert_equal_within_rule(model, optimized, images())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm-seresnet50"])
+@pytest.mark.parametrize("how", ["compile", "export", "trace"])
+def test_a_packed_model_is_traced(how, name):
+    model = randomised(NETWORKS[name]())
+    optimized, x = rf.optimize_for_inference(model, images()), images()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if how == "compile":
+            torch._dynamo.reset()
+            traced = torch.compile(optimized, fullgraph=True, backend="aot_eager")
+        elif how == "export":
+            traced = torch.export.export(optimized, (x,)).module()
+        else:
+            traced = torch.jit.trace(optimized, x)
+    assert_equal_within_rule(model, traced, x)
+    if how == "trace":
+        assert_equal_within_rule(model, traced, images(3, (96, 80)))
+    assert_equal_within_rule(model, optimized, x)  # its packed weights still serve
+
+
+def test_features_of_an_optimized_model():
+    """The stem's names give what they give in eager PyTorch; torch.fx traces the folded modules as leaves."""
+    model, x = randomised(torchvision_models.resnet18()).double(), images(dtype=torch.float64)
+    optimized = rf.optimize_for_inference(model, x)
+    taps = {name: name for name in ("relu", "maxpool", "layer1")}
+    expected, got = (IntermediateLayerGetter(m, taps)(x) for m in (model, optimized))
+    for name in taps:
+        torch.testing.assert_close(got[name], expected[name])
+    traced = torch.fx.symbolic_trace(optimized)
+    assert "layer1_0" in [node.name for node in traced.graph.nodes]
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("layer", ["conv1", "bn1", "act1", "downsample.0", "downsample.1", "downsample"])
+def test_a_hook_keeps_its_layer(layer):
+    """Of a block that runs composed: what is watched is not folded, and the rest is."""
+    network = timm.create_model("seresnet18", num_classes=10)
+    model = randomised(network.layer2[0]).double()
+    model.get_submodule(layer).register_forward_hook(lambda _module, _args, y: 2 * y)
+    x = torch.randn(2, 64, 9, 9, dtype=torch.float64)
+    optimized = rf.optimize_for_inference(nn.Sequential(model), x)
+    assert "0.conv2" in optimized.report.folded
+    assert_equal_within_rule(nn.Sequential(model), optimized, x)
+
+
+@pytest.mark.parametrize("mkldnn", [True, False])
+@pytest.mark.parametrize("kernel", [9, 1])
+def test_a_shortcut_that_broadcasts(kernel, mkldnn):
+    """To one pixel, and to one channel."""
+    out = 8 if kernel == 9 else 1
+    block = rf.BasicBlock(8, 8, downsample=nn.Sequential(nn.Conv2d(8, out, kernel), nn.BatchNorm2d(out)))
+    model, x = randomised(nn.Sequential(block)), torch.randn(2, 8, 9, 9)
+    with torch.backends.mkldnn.flags(enabled=mkldnn):
+        assert_equal_within_rule(model, rf.optimize_for_inference(model, x), x)
+
+
+def test_a_shortcut_that_is_a_unit_is_folded():
+    block = rf.BasicBlock(8, 8, downsample=rf.ConvBNAct(8, 8, 1, relu=False))
+    model, x = randomised(nn.Sequential(block)), torch.randn(2, 8, 9, 9)
+    optimized = rf.optimize_for_inference(model, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.modules())
+    assert_equal_within_rule(model, optimized, x)

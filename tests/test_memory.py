@@ -8,23 +8,12 @@ from torch import nn
 from torchvision.models import resnet as tv
 
 import resnet_fused as rf
+from resnet_fused.measure import saved_bytes
 
 
 def kept_bytes(block: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the distinct storages saved by one training forward; the input counts, the model's state does not."""
-    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
-    kept: dict[int, torch.Tensor] = {}  # the tensors themselves: a freed address would be used again
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = block(x)
-    total = sum(t.untyped_storage().nbytes() for t in kept.values())
-    y.sum().backward()  # they were what backward needed
-    return total
+    """Kept by one training forward; the input counts, the model's state does not."""
+    return saved_bytes(lambda: block(x), (*block.parameters(), *block.buffers()))
 
 
 def share(name: str, arguments: tuple[int, int], memory: str, **options) -> float:

@@ -255,6 +255,28 @@ def test_jit_trace(name) -> None:
         assert relative_error(traced(other), module(other)) < 1e-6
 
 
+@pytest.mark.parametrize("name", [*MODULES, "network", "optimized"])
+def test_jit_script_is_refused(name) -> None:
+    """Clearly, and the model stays as it was; what `unfuse_` gives back is scripted."""
+    model: nn.Module = tv.resnet18()
+    if name in MODULES:
+        model = nn.Sequential(build(name, rf))
+    else:
+        rf.fuse_(model)
+    x = torch.randn(2, 16 if name in MODULES else 3, 64, 64)
+    if name == "optimized":
+        model = rf.optimize_for_inference(model, x)
+    kinds = [type(module) for module in model.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.script does not take a"):
+            torch.jit.script(model)
+        assert [type(module) for module in model.modules()] == kinds
+        if name == "network":
+            scripted = torch.jit.script(rf.unfuse_(model.eval()))
+            assert torch.equal(scripted(x), model(x))
+
+
 def test_saved_tensor_hooks_and_cpu_offload() -> None:
     """What is saved can be packed away and comes back the same."""
     fused, eager = fused_and_eager("projection")

@@ -64,6 +64,22 @@ def test_a_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2**64}, r"seed is 18446744073709551616, expected -2\*\*63"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"model": "resnet5"}, "unknown model 'resnet5'"),
+        ({"lr": -1.0}, "learning rate: -1.0"),
+    ],
+)
+def test_a_bad_recipe_leaves_no_folder(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(QUICK, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.usefixtures("few_digits")
 def test_training_leaves_the_global_random_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()

@@ -10,21 +10,23 @@ Saved for backward: x, the raw conv outputs of the inner units, one bit per outp
 
     keep        its raw output
     recompute   nothing: the convolution runs again in backward
-    gram        the small Gram matrices of its operand: the raw output is never formed as such
+    gram        the small Gram matrices of its operand: the raw output is never formed as such, but for the output
+                channels whose variance cancels in it (`gram.cancelling`): those are convolved in both passes
 
 Activations relu(s u + t) are never stored: they are recomputed from u.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .aten import POINTWISE, Geometry, conv, conv_backward, fused_conv, has_fused_conv
-from .gram import Branch, Gram, conv_stats, expand, gram_backward, gram_of, sample_center
+from .gram import Branch, Gram, cancelling, conv_stats, expand, gram_backward, gram_of, output_mean, sample_center
+from .layout import acc_dtype, to_nhwc
 
 _ops = torch.ops.resnet_fused
 
@@ -78,6 +80,10 @@ class Norm:
         scale = gamma * rstd
         return cls(mean, var, rstd, scale, beta - mean * scale, beta)
 
+    def rows(self, rows: Tensor) -> Norm:
+        """That of the channels `rows`."""
+        return Norm(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     def operand(self, u: Tensor, relu: bool = True) -> Tensor:
         """relu(scale*u + shift), the next unit's input."""
         return _ops.bn_act(u, self.scale, self.shift, None, None, None, relu, False)[0]
@@ -96,6 +102,16 @@ class UnitParams(NamedTuple):
         mean, var = stats if spec.batch_stats else (self.mean, self.var)
         return Norm.of(mean, var, self.gamma, self.beta, spec.eps)
 
+    def rows(self, rows: Tensor) -> UnitParams:
+        """Those of the output channels `rows`, the weight in the accumulation type too."""
+        weight, *vectors = self
+        return UnitParams(weight[rows].to(acc_dtype(weight.dtype)), *(v[rows] if v.numel() else v for v in vectors))
+
+
+def channels(t: Tensor, rows: Tensor) -> Tensor:
+    """The channels `rows` of t [N, K, P, Q], in the accumulation type."""
+    return to_nhwc(t.index_select(1, rows).to(acc_dtype(t.dtype)))
+
 
 def raw_stats(spec: UnitSpec, u: Tensor) -> tuple[Tensor, ...]:
     """(mean, var) of u if the unit normalises with the batch's statistics, else ()."""
@@ -103,6 +119,24 @@ def raw_stats(spec: UnitSpec, u: Tensor) -> tuple[Tensor, ...]:
 
 
 # --------------------------------------------------------------------------------------------- forward
+
+
+class Source(NamedTuple):
+    """An end unit before it runs; its input is relu(prologue(u)), or u itself."""
+
+    spec: UnitSpec
+    params: UnitParams
+    u: Tensor
+    prologue: Norm | None
+
+    def centred(self, center: Tensor) -> tuple[Tensor, Tensor]:
+        """A Gram unit's operand [N, C, P, Q], strided and minus `center`, and its mean."""
+        gate = (None, None) if self.prologue is None else (self.prologue.scale, self.prologue.shift)
+        return _ops.gram_operand(self.u, *gate, self.prologue is not None, center, self.spec.geometry.stride[0])
+
+    def center(self) -> Tensor:
+        """A constant [C] near the operand's mean."""
+        return sample_center(self.u, *(() if self.prologue is None else (self.prologue.scale, self.prologue.shift)))
 
 
 class End(NamedTuple):
@@ -113,28 +147,23 @@ class End(NamedTuple):
     branch: Branch | None
     stats: tuple[Tensor, ...]  # (mean, var), or ()
     saved: tuple[Tensor, ...]
+    gram: Gram | None = None
 
 
-def _end_unit(spec: UnitSpec, p: UnitParams, u: Tensor, prologue: Norm | None, save: bool) -> End:
-    """An end unit's input is relu(prologue(u)), or u itself."""
+def _end_unit(source: Source, save: bool) -> End:
+    spec, p, u, prologue = source
     if spec.plan == "gram":
-        a, gram = gram_operand(spec, u, prologue)
+        center = source.center()
+        a, mean_a = source.centred(center)
+        gram = gram_of(a, mean_a, center)
         mean, var = conv_stats(gram, p.weight)
         norm = p.norm(spec, mean, var)
         branch = Branch(a, gram.mean, p.weight, norm.scale, norm.beta)
-        return End(norm, None, branch, (mean, var), tuple(gram) if save else ())
+        return End(norm, None, branch, (mean, var), tuple(gram) if save else (), gram)
     raw = conv(u if prologue is None else prologue.operand(u), p.weight, spec.geometry)
     stats = raw_stats(spec, raw)
     kept = save and spec.plan == "keep" and spec.needs_raw
     return End(p.norm(spec, *stats), raw, None, stats, (raw,) if kept else ())
-
-
-def gram_operand(spec: UnitSpec, u: Tensor, prologue: Norm | None) -> tuple[Tensor, Gram]:
-    """The centred, strided operand of a Gram unit [N, C, P, Q] and its statistics."""
-    scale, shift = (None, None) if prologue is None else (prologue.scale, prologue.shift)
-    center = sample_center(u, scale, shift)
-    a, mean = _ops.gram_operand(u, scale, shift, prologue is not None, center, spec.geometry.stride[0])
-    return a, gram_of(a, mean, center)
 
 
 def forward(
@@ -153,10 +182,15 @@ def forward(
         prologue = p.norm(unit, *own)
         stats += own
         saved += [u] if spec.save else []
-    ends = [_end_unit(spec.units[last], params[last], u, prologue, spec.save)]
+    sources = [Source(spec.units[last], params[last], u, prologue)]
     if spec.shortcut == "projection":
-        ends.append(_end_unit(spec.units[-1], params[-1], x, None, spec.save))
-    y, mask = _join(ends, x if spec.shortcut == "identity" else residual, spec)
+        sources.append(Source(spec.units[-1], params[-1], x, None))
+    ends = [_end_unit(source, spec.save) for source in sources]
+    residual = x if spec.shortcut == "identity" else residual
+    y, mask = _join(ends, residual, spec)
+    found = [cancelling(e.gram, s.params.weight, e.norm.var) for s, e in zip(sources, ends, strict=True) if e.gram]
+    if any(rows.numel() for rows in found):
+        mask = _recompute_rows(torch.cat(found).unique(), sources, ends, y, mask, residual, spec)
     for end in ends:
         stats += end.stats
         saved += end.saved
@@ -180,6 +214,47 @@ def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Te
             main.raw, main.norm.scale, main.norm.shift, other.raw, other.norm.scale, other.norm.shift, *tail
         )
     return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, None, None, *tail)
+
+
+def _recompute_rows(
+    rows: Tensor, sources: list[Source], ends: list[End], y: Tensor, mask: Tensor, residual: Tensor | None,
+    spec: BlockSpec,
+) -> Tensor:  # fmt: skip
+    """Computes the output channels `rows` without the Gram form, into y and the statistics; returns relu's mask."""
+    thin = [_end_rows(rows, source, end) for source, end in zip(sources, ends, strict=True)]
+    part, _ = _join(thin, None if residual is None else channels(residual, rows), spec._replace(save=False))
+    y[:, rows] = part.to(y.dtype)
+    for end, own in zip(ends, thin, strict=True):
+        for stat, exact in zip(end.stats, own.stats, strict=True):
+            stat[rows] = exact
+    return _ops.relu_mask(y) if mask.numel() else mask
+
+
+def _end_rows(rows: Tensor, source: Source, end: End) -> End:
+    """An end unit's output channels `rows`, with their raw output."""
+    if end.gram is None:
+        assert end.raw is not None
+        return End(end.norm.rows(rows), channels(end.raw, rows), None, tuple(s[rows] for s in end.stats), ())
+    weight, _, raw, norm = Recomputed.of(rows, source, end.gram.center)
+    mean = norm.mean + output_mean(weight, end.gram.center).to(norm.mean.dtype)
+    return End(norm, raw, None, (mean, norm.var), ())
+
+
+class Recomputed(NamedTuple):
+    """Output channels of a Gram unit by a convolution after all: of its centred operand, and in the accumulation
+    type, so that rounding this operand, which eager need not do, costs nothing that shows."""
+
+    weight: Tensor  # [K', C, 1, 1]
+    operand: Tensor  # [N, C, P, Q]
+    raw: Tensor  # [N, K', P, Q], its mean near 0
+    norm: Norm  # of raw
+
+    @classmethod
+    def of(cls, rows: Tensor, source: Source, center: Tensor) -> Recomputed:
+        p = source.params.rows(rows)
+        operand, _ = source._replace(u=source.u.to(center.dtype)).centred(center)
+        raw = conv(operand, p.weight, POINTWISE)
+        return cls(p.weight, operand, raw, p.norm(source.spec, *_ops.bn_stats(raw)))
 
 
 def forward_folded(x: Tensor, residual: Tensor | None, params: list[UnitParams], spec: BlockSpec) -> Tensor:
@@ -244,11 +319,10 @@ class EndInput(NamedTuple):
     raw: Tensor | None  # [N, K, P, Q], kept or recomputed; None where backward does without
 
 
-def _end_input(spec: UnitSpec, p: UnitParams, saved: list[Tensor], u: Tensor, prologue: Norm | None) -> EndInput:
+def _end_input(source: Source, saved: list[Tensor]) -> EndInput:
+    spec, p, u, prologue = source
     if spec.plan == "gram":
-        gate = (None, None) if prologue is None else (prologue.scale, prologue.shift)
-        center = Gram(*saved).center
-        return EndInput(_ops.gram_operand(u, *gate, prologue is not None, center, spec.geometry.stride[0])[0], None)
+        return EndInput(source.centred(Gram(*saved).center)[0], None)
     a = u if prologue is None else prologue.operand(u)
     if not spec.needs_raw:
         return EndInput(a, None)
@@ -270,20 +344,19 @@ def _reduce(dy: Tensor, mask: Tensor | None, raw: Tensor | None, norm: Norm, wri
 
 
 def _end_backward(
-    spec: UnitSpec,
-    p: UnitParams,
+    source: Source,
     norm: Norm,
     saved: list[Tensor],
-    source: EndInput,
+    inputs: EndInput,
     dz: Tensor,
     sums: EndSums,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, UnitGrads]:
     """(gradient of the unit's input, or of its strided pixels for a Gram unit; those of its parameters)."""
-    a, raw = source
+    spec, p, *_ = source
+    a, raw = inputs
     if spec.plan == "gram":
-        grads = gram_backward(a, Gram(*saved), p.weight, norm.scale, norm.rstd, dz, sums.dz, needs[0])
-        return grads.operand, UnitGrads(grads.weight, grads.gamma, sums.dz)
+        return _gram_end_backward(source, norm, Gram(*saved), a, dz, sums.dz, needs)
     if raw is not None:
         dgamma = norm.rstd * sums.dzx
         du = _bn_backward(spec, norm, raw, dz, sums, (None, None))
@@ -292,6 +365,31 @@ def _end_backward(
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
     da, dw = conv_backward(du, a, p.weight, spec.geometry, *needs)
     return da, UnitGrads(dw, dgamma, sums.dz)
+
+
+def _gram_end_backward(
+    source: Source, norm: Norm, gram: Gram, a: Tensor, dz: Tensor, dbeta: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, UnitGrads]:
+    """The Gram form's backward; the outputs that cancel in it are taken out (scale 0) and recomputed.
+
+    `norm` has the variance that forward settled on, so near the threshold an output may change sides: both are
+    accurate there.
+    """
+    weight = source.params.weight
+    rows = cancelling(gram, weight, norm.var)
+    scale = norm.scale.index_fill(0, rows, 0) if rows.numel() else norm.scale
+    da, dw, dgamma = gram_backward(a, gram, weight, scale, norm.rstd, dz, dbeta, needs[0])
+    if rows.numel():
+        thin, thin_dz = Recomputed.of(rows, source, gram.center), channels(dz, rows)
+        _, sums = _reduce(thin_dz, None, thin.raw, thin.norm, False)
+        du = _bn_backward(source.spec, thin.norm, thin.raw, thin_dz, sums, (None, None))
+        thin_da, thin_dw = conv_backward(du, thin.operand, thin.weight, POINTWISE, *needs)
+        if needs[0]:
+            da += thin_da
+        if needs[1]:
+            dw[rows] = thin_dw
+        dgamma[rows] = thin.norm.rstd * sums.dzx
+    return da, UnitGrads(dw, dgamma, dbeta)
 
 
 class BlockGrads(NamedTuple):
@@ -319,15 +417,16 @@ def backward(
     """Gradients of `forward`; `saved` as it returned them, `norms` from its statistics."""
     last = spec.chain - 1
     raws = saved[:last]
-    end_saved = _split_end_saved(saved[last:], spec)
-    source = (raws[-1], norms[last - 1]) if last else (x, None)
-    main = _end_input(spec.units[last], params[last], end_saved[0], *source)
+    end_saved = split_end_saved(saved[last:], spec)
+    u, prologue = (raws[-1], norms[last - 1]) if last else (x, None)
+    source = Source(spec.units[last], params[last], u, prologue)
+    main = _end_input(source, end_saved[0])
     dz, sums = _reduce(dy, saved[-1] if spec.relu else None, main.raw, norms[last], spec.relu)
     if not spec.relu:
         dz = dy
     identity = dz if spec.shortcut == "identity" and needs.x else None
     wanted = (last > 0 or needs.x, needs.weights[last])
-    da, grads = _end_backward(spec.units[last], params[last], norms[last], end_saved[0], main, dz, sums, wanted)
+    da, grads = _end_backward(source, norms[last], end_saved[0], main, dz, sums, wanted)
     del main  # its memory may serve the next gradients, and so may da's below
     units = [grads]
     for i in reversed(range(last)):
@@ -346,14 +445,13 @@ def backward(
     if identity is not None and last == 0:
         da = da + identity
     if spec.shortcut == "projection":
-        projected = _end_input(spec.units[-1], params[-1], end_saved[1], x, None)
+        source = Source(spec.units[-1], params[-1], x, None)
+        projected = _end_input(source, end_saved[1])
         dbeta = sums.dz.clone()  # an op's outputs must not share memory
         if projected.raw is not None:
             sums = _reduce(dz, None, projected.raw, norms[-1], False)[1]
-        dx, grads = _end_backward(
-            spec.units[-1], params[-1], norms[-1], end_saved[1], projected, dz, EndSums(dbeta, sums.dzx),
-            (needs.x, needs.weights[-1]),
-        )  # fmt: skip
+        sums, wanted = EndSums(dbeta, sums.dzx), (needs.x, needs.weights[-1])
+        dx, grads = _end_backward(source, norms[-1], end_saved[1], projected, dz, sums, wanted)
         units.append(grads)
         if needs.x:
             _add_projected(da, dx, spec.units[-1])
@@ -379,7 +477,7 @@ def _conv_backward_add(
     return da.add_(add), dw
 
 
-def _split_end_saved(saved: list[Tensor], spec: BlockSpec) -> list[list[Tensor]]:
+def split_end_saved(saved: list[Tensor], spec: BlockSpec) -> list[list[Tensor]]:
     """The saved tensors of each end unit, main path first."""
     parts, at = [], 0
     for unit in spec.units[spec.chain - 1 :]:

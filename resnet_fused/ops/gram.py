@@ -14,8 +14,15 @@ and so do its gradients. With dz [M, K] the gradient of z = s (u - mean(u)) + be
 Derivation: substitute u - mean(u) = (a - mu) W' into the batch norm's backward
 du = s (dz - dbeta/M - xhat dgamma/M) and collect terms. Nothing divides by gamma.
 
-The operand is stored centred (a minus a per-channel constant near its mean, rounded once): Cov(a) then
-suffers no cancellation however large mean/std is, and neither do the products with it.
+Accuracy. The operand is stored centred (a minus a per-channel constant near its mean, rounded once), so that
+a large mean/std cancels nowhere. The sum w' Cov w still may: its error is about
+
+    eps D_k,   D_k = sum_c w_kc^2 Cov_cc   (var(u)_k if the channels of a were uncorrelated)
+
+with eps that of a sum over pixels in the accumulation type. Relative to var(u)_k that is eps D_k / var(u)_k, where
+a convolution's rounding costs eps sqrt(D_k / var(u)_k). The ratio is large where channels are nearly dependent and
+w_k lies near the null space of Cov. `cancelling` finds such outputs by var(u)_k < D_k / 8, and `block.py` computes
+them by a convolution after all; the variance of the others is within 8 eps.
 """
 
 from __future__ import annotations
@@ -31,6 +38,11 @@ from .layout import acc_dtype
 _ops = torch.ops.resnet_fused
 _CENTER_SAMPLES = 1024  # pixels: any estimate within a few standard deviations of the mean will do
 
+# var(u)_k / D_k below which an output leaves the Gram form. Every error grows as a power of D_k / var(u)_k times the
+# dtype's eps, and eager's is a multiple of eps too: one threshold serves all dtypes. Just above 1/8 the errors are
+# half of what the tests allow, in float32 and bfloat16; untrained networks on photographs stay above 1/5.
+_CANCELS = 1 / 8
+
 
 class Gram(NamedTuple):
     """What the operand's statistics are; all in the accumulation type."""
@@ -41,28 +53,55 @@ class Gram(NamedTuple):
 
 
 def sample_center(u: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """A per-channel constant [C] near the mean of u [N, C, H, W], or of relu(scale*u + shift): the mean of a
-    fixed sample of its pixels, rounded to u's type so that the many zeros of a ReLU are centred exactly."""
+    """A per-channel constant [C] near the mean of u [N, C, H, W], or of relu(scale*u + shift), from a fixed sample
+    of its pixels.
+
+    It is a multiple of the power of two below the sample's standard deviation, and representable in u's type:
+    subtracting it then rounds few values, and 0 where it need not be anything else. A constant with more bits
+    would round neighbouring values all in one direction: in bfloat16 half a percent of a variance.
+    """
     rows = u.permute(0, 2, 3, 1).reshape(-1, u.shape[1])  # [M, C], a view
     sample = rows[:: max(1, rows.shape[0] // _CENTER_SAMPLES)].to(acc_dtype(u.dtype))
     if scale is not None and shift is not None:
         sample = torch.addcmul(shift, sample, scale).relu_()
-    return sample.mean(0).to(u.dtype).to(sample.dtype)
+    mean = sample.mean(0)
+    std = (sample - mean).square_().mean(0).sqrt_()  # several times faster than torch.std over rows
+    step = std.log2().floor().exp2()
+    center = torch.where(step > 0, (mean / step).round() * step, mean)
+    return center.to(u.dtype).to(sample.dtype)
 
 
 def gram_of(operand: Tensor, mean: Tensor, center: Tensor) -> Gram:
     """Statistics of a centred operand [N, C, H, W] whose mean [C] is known."""
     pixels = operand.numel() // operand.shape[1]
-    cov = wgrad1x1(operand, operand).div_(pixels).addr_(mean, mean, alpha=-1)
+    wide = operand.to(mean.dtype)  # bfloat16's wgrad rounds its sums to bfloat16: 2^-9 of a variance, not 2^-23
+    cov = wgrad1x1(wide, wide).div_(pixels).addr_(mean, mean, alpha=-1)
     return Gram(center, mean, cov)
 
 
 def conv_stats(gram: Gram, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Batch mean and biased variance, both [K], of the 1x1 conv's output, which need not exist."""
     w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
-    mean = w @ (gram.center + gram.mean)
+    mean = output_mean(weight, gram.center.double() + gram.mean).to(w.dtype)
     var = matmul_nt(w, gram.cov).mul_(w).sum(1).clamp_min_(0)
     return mean, var
+
+
+def output_mean(weight: Tensor, mean: Tensor) -> Tensor:
+    """Mean [K] of the 1x1 conv's output for the operand's [C]; in float64, since large means may cancel in it."""
+    return weight.flatten(1).double() @ mean.double()
+
+
+def cancelling(gram: Gram, weight: Tensor, var: Tensor) -> Tensor:
+    """The outputs [K'], usually none, for whose variance the Gram form is too inaccurate: see the module's head.
+
+    Elsewhere than on the CPU, which outputs they are is not known without waiting for the device: none are
+    returned, and the Gram form keeps its error eps D_k / var(u)_k there.
+    """
+    if var.device.type != "cpu":
+        return torch.empty(0, dtype=torch.int64, device=var.device)
+    uncorrelated = weight.flatten(1).to(var.dtype).square() @ gram.cov.diagonal()
+    return (var < _CANCELS * uncorrelated).nonzero().flatten()
 
 
 class Branch(NamedTuple):
