@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/launch.h"
 #include "ops.h"
 
 namespace resnet_fused {
@@ -28,6 +29,31 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "bn_act_pool_backward(Tensor dy, Tensor argmax, int height, int width, int kernel, int stride, int "
       "padding)"
       " -> Tensor da");
+  m.def(
+      "conv1x1(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride, bool stats)"
+      " -> (Tensor out, Tensor mean, Tensor var)");
+  m.def(
+      "conv1x1_dgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
+      " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor weight, int height, int width, int stride,"
+      " Tensor? addend, Tensor? addend_mask, Tensor? gate_u, Tensor? gate_scale, Tensor? gate_shift,"
+      " Tensor? gate_mean) -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
+  m.def(
+      "conv1x1_wgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
+      " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor x, Tensor? x_scale, Tensor? x_shift, int "
+      "stride,"
+      " bool wide, bool sums) -> (Tensor dw, Tensor sum_dz)");
+  m.def(
+      "gram(Tensor x, Tensor? scale, Tensor? shift, Tensor center, int stride) -> (Tensor mean, Tensor cov)");
+  m.def(
+      "expand(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor out_scale, Tensor out_shift,"
+      " Tensor? x2, Tensor? weight2, Tensor? out_scale2, int stride, Tensor? residual, bool relu, bool "
+      "save_mask)"
+      " -> (Tensor y, Tensor mask)");
+  m.def(
+      "expand_dgrad(Tensor dy, Tensor? mask, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor q,"
+      " Tensor constant, Tensor? mean, int stride, Tensor? addend, Tensor? addend_mask)"
+      " -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
+  m.def("kernels_replaced() -> bool");
 }
 
 template <class Library>
@@ -43,9 +69,21 @@ void implement(Library& m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) {
 #ifdef RESNET_FUSED_CUDA
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { implement(m); }
+  implement(m);
 #endif
+  // Kernels alone, in every build: a replaced launcher runs them for CPU tensors, which Python sends here.
+  m.impl("conv1x1", TORCH_BOX(&conv1x1));
+  m.impl("conv1x1_dgrad", TORCH_BOX(&conv1x1_dgrad));
+  m.impl("conv1x1_wgrad", TORCH_BOX(&conv1x1_wgrad));
+  m.impl("gram", TORCH_BOX(&gram));
+  m.impl("expand", TORCH_BOX(&expand));
+  m.impl("expand_dgrad", TORCH_BOX(&expand_dgrad));
+}
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CompositeExplicitAutograd, m) {
+  m.impl("kernels_replaced", TORCH_BOX(&launcher_replaced));
+}
 
 }  // namespace resnet_fused
 

@@ -51,4 +51,56 @@ std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& scale, con
 Tensor bn_act_pool_backward(const Tensor& dy, const Tensor& argmax, int64_t height, int64_t width,
                             int64_t kernel, int64_t stride, int64_t padding);
 
+// The ops below have kernels for bfloat16 and float16 and channels in multiples of 8, and these functions are
+// for devices that run them; on the CPU they are compositions of ATen's convolutions and the ops above, in
+// Python. Weights are [K, C, 1, 1] with memory [K][C]. Each says in its plan's header what it computes.
+
+// out = conv1x1(relu(scale*x + shift), or x), and the mean and variance of out (or empty).
+std::tuple<Tensor, Tensor, Tensor> conv1x1(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                                           const OptionalTensor& shift, int64_t stride, bool stats);
+
+// dx [N, C, height, width] of conv1x1 for the gradient of its output: dy, or with u, the raw output, that of
+// a batch norm behind it. Then addend * addend_mask is added, or relu' of gate_scale*gate_u + gate_shift
+// gates it, and the sums of dx and dx * (gate_u - gate_mean) are taken.
+std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
+    const Tensor& dy, const OptionalTensor& mask, const OptionalTensor& u, const OptionalTensor& scale,
+    const OptionalTensor& shift, const OptionalTensor& mean, const OptionalTensor& coef_dz,
+    const OptionalTensor& coef_x, const OptionalTensor& coef_1, const Tensor& weight, int64_t height,
+    int64_t width, int64_t stride, const OptionalTensor& addend, const OptionalTensor& addend_mask,
+    const OptionalTensor& gate_u, const OptionalTensor& gate_scale, const OptionalTensor& gate_shift,
+    const OptionalTensor& gate_mean);
+
+// dw [K, C, 1, 1] of conv1x1, in the accumulation type if `wide`; without u, also the sums of dy * mask (or
+// empty).
+std::tuple<Tensor, Tensor> conv1x1_wgrad(const Tensor& dy, const OptionalTensor& mask,
+                                         const OptionalTensor& u, const OptionalTensor& scale,
+                                         const OptionalTensor& shift, const OptionalTensor& mean,
+                                         const OptionalTensor& coef_dz, const OptionalTensor& coef_x,
+                                         const OptionalTensor& coef_1, const Tensor& x,
+                                         const OptionalTensor& x_scale, const OptionalTensor& x_shift,
+                                         int64_t stride, bool wide, bool sums);
+
+// Mean [C] and covariance [C, C] of a = round(relu(scale*x + shift), or x, - center); center is representable
+// in x's dtype.
+std::tuple<Tensor, Tensor> gram(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                                const Tensor& center, int64_t stride);
+
+// y = relu?(out_scale * conv1x1(a, weight) + out_shift + shortcut) and its mask; the shortcut is residual, or
+// out_scale2 * conv1x1(x2, weight2).
+std::tuple<Tensor, Tensor> expand(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                                  const Tensor& weight, const Tensor& out_scale, const Tensor& out_shift,
+                                  const OptionalTensor& x2, const OptionalTensor& weight2,
+                                  const OptionalTensor& out_scale2, int64_t stride,
+                                  const OptionalTensor& residual, bool relu, bool save_mask);
+
+// The gradient of a batch-normalised 1x1 convolution's operand a: (dy * mask) W + a q + constant, gated by
+// a's ReLU and summed up, or scattered to x's strided pixels and added to addend * addend_mask.
+std::tuple<Tensor, Tensor, Tensor> expand_dgrad(const Tensor& dy, const OptionalTensor& mask,
+                                                const Tensor& weight, const Tensor& x,
+                                                const OptionalTensor& scale, const OptionalTensor& shift,
+                                                const Tensor& q, const Tensor& constant,
+                                                const OptionalTensor& mean, int64_t stride,
+                                                const OptionalTensor& addend,
+                                                const OptionalTensor& addend_mask);
+
 }  // namespace resnet_fused

@@ -14,13 +14,16 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from . import __version__, evaluate, kernels, models
+from . import __version__, counting, evaluate, kernels, models
 from .console import explanation_table, make_console, make_table
 from .data import mnist_5k
+from .ops.pointwise import as_on_a_gpu
 from .train import RECIPES, SEEDS, DivergenceError, train
 
 FAILURES = (OSError, ImportError, ValueError, DivergenceError, torch.OutOfMemoryError)
@@ -60,6 +63,8 @@ def info(args: argparse.Namespace) -> int:
     print(f"cuda backend  {_gpus() if cuda else 'not built'}")
     if args.kernels is not None:
         _print_kernels(args.kernels)
+    if args.traffic:
+        _print_traffic()
     return 0
 
 
@@ -71,7 +76,7 @@ def explain(args: argparse.Namespace) -> int:
     model = models.create(args.model).to(device, dtype).train(args.training)
     channels, size = (1, 28) if args.model == "mnist_resnet" else (3, args.size)
     x = torch.randn(args.batch, channels, size, size, device=device, dtype=dtype)
-    with torch.set_grad_enabled(args.training):
+    with torch.set_grad_enabled(args.training), as_on_a_gpu() if args.as_on_a_gpu else nullcontext():
         explanation = explain_model(model, x)
     title = f"{args.model}, {'training' if args.training else 'inference'}, {args.dtype}"
     make_console().print(explanation_table(explanation, title))
@@ -144,12 +149,17 @@ def _parser() -> argparse.ArgumentParser:
         help=f"compile the CUDA kernels and list their registers and occupancy (default: {' '.join(kernels.ARCHES)})",
     )
 
+    sub.add_argument(
+        "--traffic", action="store_true", help="the bytes that blocks move in a training step, by two counts"
+    )
+
     sub = with_device(command("explain", explain))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
     sub.add_argument("--batch", type=_positive_int, default=8)
     sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--training", action="store_true", help="with batch statistics and gradients")
+    sub.add_argument("--as-on-a-gpu", action="store_true", help="plan for the kernels (16-bit types)")
 
     sub = with_device(command("train", train_command))
     sub.add_argument("recipe", choices=RECIPES, nargs="?", default="mnist")
@@ -235,10 +245,19 @@ def _extension() -> tuple[bool, str]:
 
 
 def _print_kernels(arches: list[str]) -> None:
-    """By rich where it is installed, else in plain columns."""
     columns, rows = kernels.table(arches or kernels.ARCHES)
+    _print_table("registers of a thread and theoretical occupancy", columns, rows)
+
+
+def _print_traffic() -> None:
+    title = "training step in bf16, forward + backward, in activations of the narrow width"
+    _print_table(title, counting.COLUMNS, counting.comparison())
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """By rich where it is installed, else in plain columns."""
     try:
-        table = make_table(*columns, title="registers of a thread and theoretical occupancy")
+        table = make_table(*columns, title=title)
     except ImportError:
         lines = [columns, *rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

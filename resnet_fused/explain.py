@@ -14,7 +14,7 @@ from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock, FusedStem
 from .ops.bn_act_pool import Pool
 from .planner import explain_units
 from .recorder import Call, recording
-from .traffic import Bytes, block_bytes, stem_bytes
+from .traffic import Bytes, block_bytes, stem_bytes, units_on_kernels
 
 _OURS = (FusedBlock, ConvBNAct, BNReLUMaxPool)
 
@@ -155,9 +155,10 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
         return _counted(name, kind, call, "fused", "batch norm, ReLU and max pool in one pass", eager, ours)
     projected = spec.shortcut == "projection"
     everything = [*call.units, *([call.shortcut] if projected else [])]
-    reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype)
+    reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype, call.kernels)
     ends = [reasons[spec.chain - 1], *([reasons[-1]] if projected else [])]
-    plan = "aten: " + " + ".join(p for p, _ in ends)
+    on_kernels = call.kernels and any(units_on_kernels(everything, spec))
+    plan = ("cuda: " if on_kernels else "aten: ") + " + ".join(p for p, _ in ends)
     return _counted(name, kind, call, plan, "; ".join(dict.fromkeys(r for _, r in ends)), *block_bytes(call))
 
 

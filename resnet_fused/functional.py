@@ -18,6 +18,7 @@ from .checks import broadcasts, check_memory, check_unit, fallback_reason
 from .ops.aten import Geometry
 from .ops.block import BlockSpec, UnitSpec
 from .ops.layout import acc_dtype
+from .ops.pointwise import matrix_kernels_take
 from .ops.residual_block import ResidualBlock, encode
 from .planner import plan_units
 from .recorder import record
@@ -167,7 +168,7 @@ def _specify(
 ) -> BlockSpec:
     tensors = [x, residual, *(t for u in units for t in (u.weight, u.gamma, u.beta, u.bias))]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-    plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype)
+    plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype, matrix_kernels_take(x))
     specs = tuple(
         UnitSpec(
             u.geometry,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import c_char, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,14 +23,17 @@ _library = ctypes.CDLL(_C.__file__)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/common/dtype.h
 
 
-def _problem(*, flags: str = "", sizes: str = "M C", buffers: str) -> type[ctypes.Structure]:
-    """Mirror of a C++ problem: dtype, then int32 flags, then int64 sizes, then pointers."""
+def _problem(*, flags: str = "", sizes: str = "M C", buffers: str, tile: bool = False) -> type[ctypes.Structure]:
+    """Mirror of a C++ problem: dtype, then int32 flags, then int64 sizes, then pointers, then the wanted tile."""
     fields: list[tuple[str, type]] = [("dtype", c_int32), *((name, c_int32) for name in flags.split())]
     fields += [(name, c_int64) for name in sizes.split()] + [(name, c_void_p) for name in buffers.split()]
+    fields += [("tile", c_int32)] * tile
     return type("Problem", (ctypes.Structure,), {"_fields_": fields})
 
 
-_POOL = {"flags": "kernel stride padding", "sizes": "N H W C"}
+_POOL: dict[str, Any] = {"flags": "kernel stride padding", "sizes": "N H W C"}
+_CONV1X1 = "N H W C K stride"
+_BACKWARD = "u mask scale shift mean coef_dz coef_x coef_1"
 _PROBLEMS = {
     "bn_stats": _problem(buffers="x mean var workspace"),
     "bn_act": _problem(flags="relu", buffers="x scale shift residual residual_scale residual_shift y mask"),
@@ -37,6 +41,28 @@ _PROBLEMS = {
     "bn_act_backward_reduce": _problem(buffers="dy mask scale shift x mean dz sum_dz sum_dz_xc workspace"),
     "bn_act_backward_apply": _problem(buffers="dy mask scale shift x mean coef_dz coef_x coef_1 dx"),
     "gram_operand": _problem(flags="relu", sizes="N H W C stride", buffers="x scale shift center a mean workspace"),
+    "conv1x1": _problem(sizes=_CONV1X1, buffers="x scale shift weight out mean var workspace", tile=True),
+    "conv1x1_dgrad": _problem(
+        sizes=_CONV1X1,
+        buffers=f"dy {_BACKWARD} weight addend addend_mask gate_u gate_scale gate_shift gate_mean dx sum_dz sum_dz_xc "
+        "workspace",
+        tile=True,
+    ),
+    "conv1x1_wgrad": _problem(
+        flags="wide", sizes=_CONV1X1, buffers=f"dy {_BACKWARD} x x_scale x_shift dw sum_dz workspace", tile=True
+    ),
+    "gram": _problem(sizes="N H W C stride", buffers="x scale shift center cov mean workspace", tile=True),
+    "expand": _problem(
+        flags="relu",
+        sizes="N H W C K H2 W2 C2 stride",
+        buffers="x scale shift weight out_scale out_shift x2 weight2 out_scale2 residual y mask",
+        tile=True,
+    ),
+    "expand_dgrad": _problem(
+        sizes=_CONV1X1,
+        buffers="dy mask weight x scale shift q constant mean addend addend_mask dx sum_dz sum_dz_xc workspace",
+        tile=True,
+    ),
     "bn_act_pool": _problem(**_POOL, buffers="x scale shift y argmax"),
     "bn_act_pool_backward": _problem(**_POOL, buffers="dy argmax da"),
 }
@@ -134,6 +160,14 @@ def has_cuda() -> bool:
     return bool(_library.resnet_fused_has_cuda())
 
 
+_replaced = False
+
+
+def launcher_replaced() -> bool:
+    """Whether kernels run elsewhere than on a GPU: within `launcher`."""
+    return _replaced
+
+
 @contextmanager
 def launcher(launch: Callable[[Launch], None]) -> Iterator[None]:
     """Within the block every kernel launch, of ops on CPU tensors too, goes to `launch` instead of CUDA.
@@ -151,7 +185,9 @@ def launcher(launch: Callable[[Launch], None]) -> Iterator[None]:
             return 1
         return 0
 
+    global _replaced
     _library.resnet_fused_set_launcher(callback)
+    _replaced = True
     try:
         yield
     except RuntimeError:
@@ -160,3 +196,4 @@ def launcher(launch: Callable[[Launch], None]) -> Iterator[None]:
         raise
     finally:
         _library.resnet_fused_set_launcher(None)
+        _replaced = False

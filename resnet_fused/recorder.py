@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .ops.pointwise import matrix_kernels_take
+
 
 class Call(NamedTuple):
     """One call of a fused op."""
@@ -19,6 +21,7 @@ class Call(NamedTuple):
     shortcut: object
     spec: object  # the BlockSpec, the stem's Pool, or None where plain PyTorch ran
     reason: str | None  # why plain PyTorch ran
+    kernels: bool  # whether the matrix kernels take x
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("resnet_fused_calls", default=None)
@@ -41,4 +44,4 @@ def record(x, units, shortcut, spec, reason: str | None) -> None:
         return
     calls = _calls.get()
     if calls is not None:
-        calls.append(Call(tuple(x.shape), x.dtype, tuple(units), shortcut, spec, reason))
+        calls.append(Call(tuple(x.shape), x.dtype, tuple(units), shortcut, spec, reason, matrix_kernels_take(x)))

@@ -7,14 +7,20 @@ A pass is one read or one write of a whole activation. Eager's, in training (an 
     relu      read, write (in place)             backward: read dout and output, write din
     add       read both, write                   backward: add the two gradients of x: read both, write
 
-Ours is what `ops/block.py` executes, op by op. Per-channel vectors and weights are left out: they are small.
+torch.compile's: convolutions as above, and between them kernels that read and write each tensor once: statistics,
+normalise + ReLU (+ add), the two sums of the backward, and its application.
+
+Ours is what `ops/block.py`, or on a GPU `ops/kernel_block.py`, executes, op by op. Per-channel vectors and weights are
+left out: they are small. `counting.py` has another measure, of a run.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .ops import kernel_block
 from .ops.block import BlockSpec
 
 
@@ -76,6 +82,72 @@ def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     return Bytes(fwd, bwd, saved + s.x)
 
 
+def compile_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
+    """torch.compile's passes in a training step (see the module's head)."""
+    fwd = bwd = saved = 0.0
+    for i, (a, u) in enumerate(zip(s.ins, s.outs, strict=True)):
+        last = i == len(s.outs) - 1
+        fwd += (a + u) + u + 2 * u  # convolution, statistics, normalise
+        bwd += 2 * u + 3 * u + (u + a) + (u + a)  # sums, application, dgrad, wgrad
+        saved += u + u * (not last or spec.relu)
+    y = s.outs[-1]
+    if s.shortcut:
+        fwd += y  # the residual, read by the last kernel
+        bwd += y * spec.relu * 2 + s.x * 3  # relu' of y in both passes; the gradients of x added
+    if s.projected:
+        fwd += s.x + y + y  # convolution, statistics
+        bwd += 2 * y + 3 * y + 2 * (y + s.x)
+        saved += y
+    return Bytes(fwd, bwd, saved + s.x)
+
+
+def kernel_bytes(s: Sizes, spec: BlockSpec, on_kernels: list[bool]) -> Bytes:
+    """What `ops/kernel_block.py` moves. `on_kernels`: which units (the projection last) the matrix kernels take; the
+    others go through ATen with the fused tails around it."""
+    fwd = bwd = 0.0
+    saved = s.x + s.mask
+    y, last = s.outs[-1], len(s.outs) - 1
+    flows = False  # whether dz comes with its sums from the unit behind
+    for i in reversed(range(last + 1)):
+        a, u, kernel = s.ins[i], s.outs[i], on_kernels[i]
+        if i == last:
+            unit = _kernel_end(spec.units[last].plan, a, u, s.mask, kernel, last > 0)
+        else:
+            sums = 0 if flows else 2 * u
+            unit = Bytes(
+                (a + u) + (0 if kernel else u + (2 * a if i else 0)), sums + _conv_backward(a, u, kernel, i), u
+            )
+        flows = kernel
+        fwd, bwd, saved = fwd + unit.forward, bwd + unit.backward, saved + unit.saved
+    grams = sum(u.plan == "gram" for u in spec.units)
+    joined = s.ins[-1] if spec.units[last].plan == "gram" else y
+    fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
+    if s.projected:
+        end = _kernel_end(spec.units[-1].plan, s.x, y, s.mask, on_kernels[-1], False)
+        fwd, bwd, saved = fwd + end.forward, bwd + end.backward + s.x, saved + end.saved
+    elif s.shortcut:
+        bwd += y + s.mask  # dy * mask, read by the first unit's dgrad
+    return Bytes(fwd, bwd, saved)
+
+
+def _conv_backward(a: float, u: float, kernel: bool, inner: int) -> float:
+    """dgrad and wgrad of a unit from dz and u; an inner unit's input is relu of a raw output."""
+    if kernel:  # both read dz, u and their operand (dgrad's is a gate, where there is one)
+        return (2 * u + a + (a if inner else 0)) + (2 * u + a)
+    return 3 * u + (2 * a if inner else 0) + (u + a) + (u + a)
+
+
+def _kernel_end(plan: str, a: float, u: float, mask: float, kernel: bool, inner: bool) -> Bytes:
+    """An end unit before the join, and its backward from dy and the mask; `a` is its operand, `u` its output."""
+    if plan == "gram":
+        return Bytes(a, (u + mask + a) + (u + mask + a + a), 0)  # gram; pass W; pass D
+    forward = (a + u) + (0 if kernel else u + (2 * a if inner else 0))
+    backward = 2 * u + mask + _conv_backward(a, u, kernel, inner) + (2 * mask if kernel else mask)
+    if plan == "recompute":
+        backward += a + u + (0 if kernel or not inner else 2 * a)
+    return Bytes(forward, backward, u if plan == "keep" else 0)
+
+
 def _end_bytes(plan: str, a: float, u: float, prologue: bool) -> Bytes:
     """An end unit before the join, and its backward after dz; `a` is its operand's size, `u` its output's."""
     operand = 2 * a if prologue else 0  # read the raw output, write the activation
@@ -118,7 +190,18 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
 def block_bytes(call: Any) -> tuple[Bytes, Bytes]:
     """(eager, ours) of a recorded call."""
     sizes = sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
+    on_kernels = units_on_kernels([*call.units, call.shortcut], call.spec)
+    if call.kernels and any(on_kernels):
+        return eager_bytes(sizes, call.spec), kernel_bytes(sizes, call.spec, on_kernels)
     return eager_bytes(sizes, call.spec), fused_bytes(sizes, call.spec)
+
+
+def units_on_kernels(units: Sequence[Any], spec: BlockSpec) -> list[bool]:
+    """Which units of a block (ConvBN, the projection last) the matrix kernels take."""
+    return [
+        kernel_block.obstacle(unit, conv.weight, 0 < i < spec.chain) is None
+        for i, (unit, conv) in enumerate(zip(spec.units, units, strict=False))
+    ]
 
 
 def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:

@@ -15,7 +15,10 @@ from resnet_fused.recorder import recording
 OPS = torch.ops.resnet_fused
 DTYPES = [torch.float32, torch.bfloat16]
 # Steps of a larger op: a gradient asked of them raises.
-STEPS = ("relu_mask", "gram_operand", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_pool_backward")
+STEPS = (
+    "relu_mask", "gram_operand", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_pool_backward",
+    "conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand", "expand_dgrad",
+)  # fmt: skip
 
 
 def activation(c: int, dtype: torch.dtype, *, grad: bool = False, n: int = 2, h: int = 5, w: int = 4) -> Tensor:
@@ -73,6 +76,10 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
         return [block_args(case) for case in blocks(dtype)]
     if name == "residual_block_backward":
         return [backward_args(case) for case in blocks(dtype)]
+    if name == "kernels_replaced":
+        return [()]
+    if name in POINTWISE:
+        return POINTWISE[name](dtype)
     grad = name not in STEPS
     out: list[tuple] = []
     for c in (3, 40):
@@ -105,6 +112,84 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
     return out
 
 
+def conv1x1_samples(dtype: torch.dtype) -> list[tuple]:
+    x, w = activation(24, dtype), torch.randn(40, 24, 1, 1).to(dtype)
+    affine = vectors(2, 24, dtype)
+    return [
+        (x, w, None, None, 1, False),
+        (x, w, *affine, 2, True),
+        (activation(1, dtype, n=1, h=1, w=1), w[:, :1].contiguous(), None, None, 1, True),
+    ]
+
+
+def bn_backward(k: int, dtype: torch.dtype, gate: bool, **size: int) -> tuple:
+    """dy and what a batch norm's backward needs beside it, gated by a mask or by the sign of scale*u + shift."""
+    dy, u = activation(k, dtype, **size), activation(k, dtype, **size)
+    scale, shift, mean, *coefs = vectors(6, k, dtype)
+    given = (None, u, scale, shift) if gate else (OPS.relu_mask(u), u, None, None)
+    return (dy, *given, mean, *coefs)
+
+
+def plain_dy(k: int, dtype: torch.dtype, **size: int) -> tuple:
+    return (activation(k, dtype, **size), *[None] * 8)
+
+
+def conv1x1_dgrad_samples(dtype: torch.dtype) -> list[tuple]:
+    w, x = torch.randn(40, 24, 1, 1).to(dtype), activation(24, dtype)
+    none, gate = (None, None, None, None), (activation(24, dtype), *vectors(3, 24, dtype))
+    return [
+        (*plain_dy(40, dtype), w, 5, 4, 1, None, None, *none),
+        (*bn_backward(40, dtype, True), w, 5, 4, 1, None, None, *gate),
+        (*bn_backward(40, dtype, False), w, 5, 4, 1, x, OPS.relu_mask(x), *none),
+        (*plain_dy(40, dtype, h=3, w=2), w, 5, 4, 2, x, None, *none),
+    ]
+
+
+def conv1x1_wgrad_samples(dtype: torch.dtype) -> list[tuple]:
+    x, affine, dy = activation(24, dtype), vectors(2, 24, dtype), activation(40, dtype)
+    return [
+        (*bn_backward(40, dtype, True), x, *affine, 1, False, False),
+        (dy, OPS.relu_mask(dy), *[None] * 7, x, *affine, 1, True, True),
+        (*plain_dy(40, dtype, h=3, w=2), x, None, None, 2, False, True),
+    ]
+
+
+def gram_samples(dtype: torch.dtype) -> list[tuple]:
+    x, (scale, shift, center) = activation(24, dtype), vectors(3, 24, dtype)
+    return [(x, scale, shift, center, 1), (x, None, None, center, 2)]
+
+
+def expand_samples(dtype: torch.dtype) -> list[tuple]:
+    x, y, x2 = activation(24, dtype), activation(40, dtype), activation(8, dtype, h=9, w=8)
+    w, w2 = torch.randn(40, 24, 1, 1).to(dtype), torch.randn(40, 8, 1, 1).to(dtype)
+    affine, (s, t, s2) = vectors(2, 24, dtype), vectors(3, 40, dtype)
+    none = (None, None, None)
+    return [
+        (x, *affine, w, s, t, *none, 1, y, True, True),
+        (x, None, None, w, s, t, *none, 1, None, False, False),
+        (x, *affine, w, s, t, x2, w2, s2, 2, None, True, True),
+    ]
+
+
+def expand_dgrad_samples(dtype: torch.dtype) -> list[tuple]:
+    x, dy, w = activation(24, dtype), activation(40, dtype), torch.randn(40, 24, 1, 1).to(dtype)
+    q, (scale, shift, constant, mean) = torch.randn(24, 24).to(dtype), vectors(4, 24, dtype)
+    return [
+        (dy, OPS.relu_mask(dy), w, x, scale, shift, q, constant, mean, 1, None, None),
+        (activation(40, dtype, h=3, w=2), None, w, x, None, None, q, constant, None, 2, x.clone(), OPS.relu_mask(x)),
+    ]
+
+
+POINTWISE = {
+    "conv1x1": conv1x1_samples,
+    "conv1x1_dgrad": conv1x1_dgrad_samples,
+    "conv1x1_wgrad": conv1x1_wgrad_samples,
+    "gram": gram_samples,
+    "expand": expand_samples,
+    "expand_dgrad": expand_dgrad_samples,
+}
+
+
 def op_names() -> list[str]:
     prefix = "resnet_fused::"
     names = {
@@ -123,6 +208,16 @@ def test_opcheck(name, dtype) -> None:
     """A new op fails here until it has samples."""
     for args in samples(name, dtype):
         torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_ops_compile(name) -> None:
+    torch.compiler.reset()
+    op, args = getattr(OPS, name), samples(name, torch.bfloat16)[-1]
+    got = torch.compile(lambda *a: [t + 1 for t in op(*a)], fullgraph=True)(*args)
+    for result, want in zip(got, op(*args), strict=True):
+        torch.testing.assert_close(result, want + 1)
+        assert result.stride() == want.stride()
 
 
 @pytest.mark.parametrize("name", [*STEPS, "residual_block_backward"])

@@ -31,13 +31,6 @@ struct ReluMaskProblem {
   uint32_t* mask;
 };
 
-// What gates the gradient: a mask, or the sign of scale*x + shift, or nothing.
-struct ReluGate {
-  const uint32_t* mask;
-  const float* scale;
-  const float* shift;
-};
-
 // dz = dy * gate; sum_dz = sum over rows of dz; sum_dz_xc = that of dz * (x - mean), where mean is given
 struct BnActBackwardReduceProblem {
   DType dtype;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -77,6 +78,9 @@ inline ScalarType acc_type(const Tensor& activation) {
 inline int64_t pixels(const Tensor& t) { return t.size(0) * t.size(2) * t.size(3); }
 inline int64_t channels(const Tensor& t) { return t.size(1); }
 
+// Pixels along a dimension that a strided 1x1 convolution reads.
+inline int64_t strided(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
+
 inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -119,13 +123,24 @@ class Checks {
     main_name_ = name;
   }
 
-  // Another activation with the shape, dtype and device of the first.
-  void same(const char* name, const Tensor& t) const {
+  // Another activation with the dtype and device of the first, of any shape or of that given.
+  void other(const char* name, const Tensor& t) const {
     dtype(name, t, main_->scalar_type());
-    shape(name, t, sizes_of(*main_));
+    require(t.dim() == 4 && t.size(1) >= 1, name, " has shape ", to_string(sizes_of(t)),
+            ", expected 4 dimensions [N, C, H, W] with at least one channel");
     layout(name, t);
     device(name, t);
   }
+  void activation(const char* name, const Tensor& t, const Sizes& expected) const {
+    dtype(name, t, main_->scalar_type());
+    shape(name, t, expected);
+    layout(name, t);
+    device(name, t);
+  }
+  void activation(const char* name, const OptionalTensor& t, const Sizes& expected) const {
+    if (t) activation(name, *t, expected);
+  }
+  void same(const char* name, const Tensor& t) const { activation(name, t, sizes_of(*main_)); }
   void same(const char* name, const OptionalTensor& t) const {
     if (t) same(name, *t);
   }
@@ -141,6 +156,62 @@ class Checks {
     if (t) per_channel(name, *t);
   }
 
+  // A vector [size] for the matrix kernels, which read it 16 bytes at a time.
+  void vector(const char* name, const Tensor& t, int64_t size) const {
+    dtype(name, t, acc_type(*main_));
+    shape(name, t, {size});
+    contiguous(name, t);
+    aligned(name, t);
+    device(name, t);
+  }
+  void vector(const char* name, const OptionalTensor& t, int64_t size) const {
+    if (t) vector(name, *t, size);
+  }
+
+  // Scale and shift [size], or neither.
+  void affine(const char* scale_name, const OptionalTensor& scale, const char* shift_name,
+              const OptionalTensor& shift, int64_t size) const {
+    both_or_none(scale_name, scale, shift_name, shift);
+    vector(scale_name, scale, size);
+    vector(shift_name, shift, size);
+  }
+
+  void stride(int64_t stride) const { require(stride >= 1, "stride is ", stride, ", expected at least 1"); }
+
+  // Weights [K, C, 1, 1] of a 1x1 convolution whose memory is [K][C]; K or C may be anything.
+  void weight(const char* name, const Tensor& t, std::optional<int64_t> k, std::optional<int64_t> c) const {
+    dtype(name, t, main_->scalar_type());
+    const auto expected = [](std::optional<int64_t> size, const char* letter) {
+      return size ? std::to_string(*size) : letter;
+    };
+    require(t.dim() == 4 && t.size(0) == k.value_or(t.size(0)) && t.size(1) == c.value_or(t.size(1)) &&
+                t.size(0) > 0 && t.size(1) > 0 && t.size(2) == 1 && t.size(3) == 1,
+            name, " has shape ", to_string(sizes_of(t)), ", expected [", expected(k, "K"), ", ",
+            expected(c, "C"), ", 1, 1] (", main_name_, " is ", to_string(sizes_of(*main_)), ")");
+    require((t.size(0) == 1 || t.stride(0) == t.size(1)) && (t.size(1) == 1 || t.stride(1) == 1), name,
+            " has strides ", to_string(Sizes(t.strides().begin(), t.strides().end())), " for shape ",
+            to_string(sizes_of(t)), ", expected a dense tensor");
+    device(name, t);
+  }
+
+  // Arguments that come all together or not at all.
+  struct Named {
+    const char* name;
+    const OptionalTensor& tensor;
+  };
+  void together(std::initializer_list<Named> all) const {
+    for (const Named& a : all) {
+      for (const Named& b : all) needs(a.name, a.tensor, b.name, b.tensor);
+    }
+  }
+  // a comes only with b, or never with b.
+  void needs(const char* a_name, const OptionalTensor& a, const char* b_name, const OptionalTensor& b) const {
+    require(!a || b, a_name, " is given without ", b_name);
+  }
+  void excludes(const char* a_name, const OptionalTensor& a, const char* b_name,
+                const OptionalTensor& b) const {
+    require(!a || !b, a_name, " is given with ", b_name);
+  }
   // Two arguments that come together or not at all.
   void both_or_none(const char* a_name, const OptionalTensor& a, const char* b_name,
                     const OptionalTensor& b) const {
@@ -149,10 +220,12 @@ class Checks {
   }
 
   // Bit panels, int32 [ceil(C/32), M].
-  void mask(const char* name, const OptionalTensor& t) const {
+  void mask(const char* name, const OptionalTensor& t) const { mask(name, t, sizes_of(*main_)); }
+  // Those of an activation [N, C, H, W] of another shape.
+  void mask(const char* name, const OptionalTensor& t, const Sizes& of) const {
     if (!t) return;
     dtype(name, *t, ScalarType::Int);
-    shape(name, *t, {(channels(*main_) + 31) / 32, pixels(*main_)});
+    shape(name, *t, {(of[1] + 31) / 32, of[0] * of[2] * of[3]});
     contiguous(name, *t);
     device(name, *t);
   }
@@ -178,6 +251,11 @@ class Checks {
     require(t.is_contiguous(), name, " has strides ",
             to_string(Sizes(t.strides().begin(), t.strides().end())), " for shape ", to_string(sizes_of(t)),
             ", expected a contiguous tensor");
+  }
+
+  void aligned(const char* name, const Tensor& t) const {
+    require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
+            " does not start at a multiple of 16 bytes, as the kernels need it (", name, ".clone())");
   }
 
   void device(const char* name, const Tensor& t) const {

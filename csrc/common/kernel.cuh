@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "common/launch.h"
+#include "common/plan.h"
 
 // Defines the kernel NAME(PARAMS) as a call of the last argument, and enters it under its own name where the
 // launcher looks it up. BLOCKS of THREADS must fit on a multiprocessor: that bounds the registers.

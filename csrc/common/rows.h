@@ -23,6 +23,13 @@ struct Rows {
   int32_t warps_across;  // 1, 2, 4 or 8
 };
 
+// What gates the gradient: a mask, or the sign of scale*x + shift, or nothing.
+struct ReluGate {
+  const uint32_t* mask;
+  const float* scale;
+  const float* shift;
+};
+
 // Combines the partials of a sum: out[k][c] = factor * sum over b of partial[b][k][c], in a fixed order.
 struct SumPartialsParams {
   const float* partial;  // [blocks, gridDim.y, C]

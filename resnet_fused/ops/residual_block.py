@@ -10,12 +10,13 @@ Their schemas are flat, so that they trace, export and compile as one node each:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import block
+from . import block, kernel_block
 from .aten import Geometry
 from .autograd import forbid_gradients
 from .block import PLANS, BlockSpec, UnitParams, UnitSpec
@@ -61,7 +62,9 @@ def _forward(
     spec = decode(geometry, eps, shortcut, relu, save)
     params = _params(weights, gammas, betas, means, vars)
     with torch.autocast(x.device.type, enabled=False):  # the small matrix products stay in fp32
-        y, stats, saved = block.forward(to_nhwc(x), None if residual is None else to_nhwc(residual), params, spec)
+        x, residual = to_nhwc(x), None if residual is None else to_nhwc(residual)
+        engine = kernel_block if kernel_block.serves(params, spec, x, residual) else block
+        y, stats, saved = engine.forward(x, residual, params, spec)
     return [to_nhwc(y), *stats, *saved]
 
 
@@ -104,9 +107,9 @@ def _backward(
     params = _params(weights, gammas, betas, means, vars)
     norms = block.norms_of(params, stats, spec)
     with torch.autocast(x.device.type, enabled=False):
-        grads = block.backward(
-            to_nhwc(dy), to_nhwc(x), params, norms, saved, spec, block.Needs(needs_x, needs_weight)
-        )  # fmt: skip
+        x, dy = to_nhwc(x), to_nhwc(dy)
+        engine = kernel_block if kernel_block.serves(params, spec, x, dy) else block
+        grads = engine.backward(dy, x, params, norms, saved, spec, block.Needs(needs_x, needs_weight))
     out = [grads.x if needs_x else dy.new_empty(0), grads.dz if needs_residual and relu else dy.new_empty(0)]
     for p, g, need in zip(params, grads.units, needs_weight, strict=True):
         out += [laid_out_as(g.weight, p.weight) if need else dy.new_empty(0), g.gamma, g.beta]
@@ -135,6 +138,12 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _LIB.impl(_name, _impl, _key)
     torch.library.register_fake(f"resnet_fused::{_name}", _fake, lib=_LIB)
+
+# What each op runs, for counting.
+COMPOSITIONS: dict[str, Callable[..., list[Tensor]]] = {
+    "residual_block": _forward,
+    "residual_block_backward": _backward,
+}
 
 forbid_gradients("residual_block_backward")  # a second derivative raises
 

@@ -1,0 +1,141 @@
+"""`conv1x1`, `conv1x1_dgrad` and `conv1x1_wgrad`: a 1x1 convolution with the batch norms around it.
+
+What a batch norm and ReLU do to the operand, what they do to the gradients, and the statistics and sums that the next
+one needs are parts of the products: csrc/conv1x1/conv1x1.h has the formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .aten import POINTWISE, conv, conv_backward
+from .autograd import fake, forbid_gradients
+from .layout import acc_dtype, empty_nhwc
+from .pointwise import Checks, activated, added, geometry, masked, on_cpu, scattered, strided, transposed
+
+_ops = torch.ops.resnet_fused
+
+
+def _vector(like: Tensor, channels: int, wanted: bool = True) -> Tensor:
+    return like.new_empty((channels if wanted else 0,), dtype=acc_dtype(like.dtype))
+
+
+@on_cpu("conv1x1")
+def _fprop(x: Tensor, weight: Tensor, scale, shift, stride, stats):
+    check = Checks("conv1x1", "x", x)
+    check.stride(stride)
+    check.weight("weight", weight, "K", x.shape[1])
+    check.together(scale=scale, shift=shift)
+    check.vectors(x.shape[1], scale=scale, shift=shift)
+    out = conv(activated(x, scale, shift), weight, geometry(stride))
+    return out, *(_ops.bn_stats(out) if stats else (_vector(x, 0), _vector(x, 0)))
+
+
+@fake("conv1x1")
+def _(x, weight, scale, shift, stride, stats):
+    n, _, h, w = x.shape
+    k = weight.shape[0]
+    out = empty_nhwc(x, (n, k, strided(h, stride), strided(w, stride)))
+    return out, _vector(x, k, stats), _vector(x, k, stats)
+
+
+def _check_backward(check: Checks, dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1) -> None:
+    check.mask("mask", mask, dy.shape)
+    check.activation("u", u, dy.shape)
+    check.together(u=u, mean=mean, coef_dz=coef_dz, coef_x=coef_x, coef_1=coef_1)
+    check.together(scale=scale, shift=shift)
+    check.needs("u", u, scale=scale)
+    check.excludes("scale", scale, mask=mask)
+    check.vectors(
+        dy.shape[1], scale=scale, shift=shift, mean=mean, coef_dz=coef_dz, coef_x=coef_x, coef_1=coef_1
+    )  # fmt: skip
+
+
+@on_cpu("conv1x1_dgrad")
+def _dgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, stride,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+):  # fmt: skip
+    check = Checks("conv1x1_dgrad", "dy", dy)
+    n, k, *pixels = dy.shape
+    _check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
+    check.needs("u", u, mask=mask)
+    check.stride(stride)
+    check.require(
+        pixels == [strided(height, stride), strided(width, stride)],
+        f"dy has shape {list(dy.shape)}, which is not the output's for height {height}, width {width} and stride "
+        f"{stride}",
+    )
+    check.weight("weight", weight, k, "C")
+    shape = (n, weight.shape[1], height, width)
+    check.activation("addend", addend, shape)
+    check.mask("addend_mask", addend_mask, shape)
+    check.needs("addend", addend, addend_mask=addend_mask)
+    check.activation("gate_u", gate_u, shape)
+    check.together(gate_u=gate_u, gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
+    check.vectors(shape[1], gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
+    check.excludes("gate_u", gate_u, addend=addend)
+    check.require(gate_u is None or stride == 1, f"stride is {stride}, expected 1 with gate_u")
+
+    du = dy
+    if u is not None:
+        du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
+    dx = scattered(conv(du, transposed(weight), POINTWISE), height, width, stride)
+    if gate_u is not None:
+        return _ops.bn_act_backward_reduce(dx, None, gate_u, gate_scale, gate_shift, gate_mean, True)
+    if addend is not None:
+        dx = added(dx, masked(addend, addend_mask))
+    return dx, _vector(dy, 0), _vector(dy, 0)
+
+
+@fake("conv1x1_dgrad")
+def _(
+    dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight, height, width, stride,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+):  # fmt: skip
+    c, gated = weight.shape[1], gate_u is not None
+    return empty_nhwc(dy, (dy.shape[0], c, height, width)), _vector(dy, c, gated), _vector(dy, c, gated)
+
+
+@on_cpu("conv1x1_wgrad")
+def _wgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, stride, wide, sums
+):  # fmt: skip
+    check = Checks("conv1x1_wgrad", "dy", dy)
+    _check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
+    check.stride(stride)
+    check.require(u is None or not sums, "sums is True with u, expected False: sums are those of dy * mask")
+    check.activation("x", x)
+    n, c, h, w = x.shape
+    k = dy.shape[1]
+    check.require(
+        dy.shape == (n, k, strided(h, stride), strided(w, stride)),
+        f"x has shape {list(x.shape)}, of which stride {stride} does not make dy's, which is {list(dy.shape)}",
+    )
+    check.together(x_scale=x_scale, x_shift=x_shift)
+    check.vectors(c, x_scale=x_scale, x_shift=x_shift)
+
+    sum_dz = _vector(dy, 0)
+    if u is not None:
+        du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
+    elif sums:
+        du, sum_dz, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, mask is not None)
+        du = dy if mask is None else du
+    else:
+        du = masked(dy, mask)
+    a = activated(x, x_scale, x_shift)
+    if wide:  # the product's sums would be rounded to the operands' type
+        du, a = du.to(acc_dtype(x.dtype)), a.to(acc_dtype(x.dtype))
+    _, dw = conv_backward(du, a, a.new_empty((k, c, 1, 1)), geometry(stride), False, True)
+    return dw.reshape(k, c).view(k, c, 1, 1), sum_dz
+
+
+@fake("conv1x1_wgrad")
+def _(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x, x_scale, x_shift, stride, wide, sums):
+    k = dy.shape[1]
+    dw = x.new_empty((k, x.shape[1], 1, 1), dtype=acc_dtype(x.dtype) if wide else x.dtype)
+    return dw, _vector(dy, k, sums)
+
+
+forbid_gradients("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad")

@@ -1,0 +1,339 @@
+"""`residual_block` on the matrix kernels: the same mathematics as `block.py`, with every 1x1 unit fused.
+
+A batch norm's output never exists here. A unit's input is the raw output u of the unit before it; relu(s u + t) is
+formed on the way into the tensor cores, forward and backward, and the gradient that flows between units is dz, the one
+of z = s u + t, with its two sums over pixels taken in the epilogue of the kernel that wrote it.
+
+    forward    inner unit    conv1x1 (its statistics in the epilogue)
+               end unit      gram -> statistics -> expand (shortcut, ReLU and mask in the epilogue)
+    backward   end unit      conv1x1_wgrad on dy * mask (pass W), expand_dgrad (pass D)
+               inner unit    conv1x1_wgrad and conv1x1_dgrad with the batch norm's backward on load; the first one's
+                             epilogue adds the shortcut's gradient dy * mask
+
+A k x k unit goes through ATen, with bn_act and its backward around it. What is saved is what `block.py` saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .aten import conv, conv_backward
+from .block import (
+    BlockGrads,
+    BlockSpec,
+    Needs,
+    Norm,
+    UnitGrads,
+    UnitParams,
+    UnitSpec,
+    raw_stats,
+    split_end_saved,
+)  # fmt: skip
+from .gram import Gram, conv_stats, sample_center
+from .pointwise import matrix_kernels_take
+
+_ops = torch.ops.resnet_fused
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+class Source(NamedTuple):
+    """A unit's input: relu(norm(u)), or u itself."""
+
+    u: Tensor  # [N, C, H, W]
+    norm: Norm | None
+
+    @property
+    def affine(self) -> Pair:
+        return (None, None) if self.norm is None else (self.norm.scale, self.norm.shift)
+
+    def activated(self) -> Tensor:
+        return self.u if self.norm is None else self.norm.operand(self.u)
+
+
+class Shortcut(NamedTuple):
+    """What is added to the gradient of a block's input: tensor * mask."""
+
+    tensor: Tensor | None = None  # as the input
+    mask: Tensor | None = None
+
+    def added_to(self, dx: Tensor) -> Tensor:
+        if self.tensor is None:
+            return dx
+        return dx.add_(self.tensor if self.mask is None else _gated(self.tensor, self.mask))
+
+
+class Flow(NamedTuple):
+    """The gradient that reaches a unit: of z with its sums (dz, dz (u - mean)), or of relu(z) without."""
+
+    grad: Tensor
+    sums: tuple[Tensor, Tensor] | None = None
+
+
+def obstacle(unit: UnitSpec, weight: Tensor, activated: bool) -> str | None:
+    """Why a unit goes through ATen; None if the matrix kernels take it. `activated`: its input is relu(s u + t)."""
+    g = unit.geometry
+    if tuple(weight.shape[2:]) != (1, 1) or g.groups != 1 or g.padding != (0, 0):
+        return "not a dense 1x1 convolution"
+    if weight.stride()[:2] != (weight.shape[1], 1):
+        return "its weight is not dense"
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return "its channels are not multiples of 8"
+    if g.stride[0] != g.stride[1] or (g.stride[0] > 1 and activated):
+        return "strided within a chain"
+    return None
+
+
+def serves(params: list[UnitParams], spec: BlockSpec, *activations: Tensor | None) -> bool:
+    """Whether a block runs here: the matrix kernels take its activations (the input first) and some unit."""
+    x = activations[0]
+    if x is None or not x.numel() or not matrix_kernels_take(x):
+        return False
+    if any(t.data_ptr() % 16 for t in (*activations, *(p.weight for p in params)) if t is not None):
+        return False  # a view into something: the kernels read 16 bytes at a time
+    return any(_on_kernels(unit, p.weight, i, spec) for i, (unit, p) in enumerate(zip(spec.units, params, strict=True)))
+
+
+def _on_kernels(unit: UnitSpec, weight: Tensor, index: int, spec: BlockSpec) -> bool:
+    return obstacle(unit, weight, 0 < index < spec.chain) is None
+
+
+def _gated(dy: Tensor, mask: Tensor | None) -> Tensor:
+    """dy * mask"""
+    return dy if mask is None else _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)[0]
+
+
+# --------------------------------------------------------------------------------------------- forward
+
+
+class End(NamedTuple):
+    """An end unit after its statistics; `raw` [N, K, P, Q] is None in the Gram form."""
+
+    source: Source
+    weight: Tensor
+    stride: int
+    norm: Norm
+    raw: Tensor | None
+    stats: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, params: list[UnitParams], spec: BlockSpec
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(y, statistics, saved), as `block.forward`."""
+    stats: list[Tensor] = []
+    saved: list[Tensor] = []
+    source, last = Source(x, None), spec.chain - 1
+    for unit, p in zip(spec.units[:last], params[:last], strict=True):
+        u, own = _conv(unit, p.weight, source, unit.batch_stats)
+        stats += own
+        saved += [u] if spec.save else []
+        source = Source(u, p.norm(unit, *own))
+    ends = [_end(spec.units[last], params[last], source, spec.save)]
+    if spec.shortcut == "projection":
+        ends.append(_end(spec.units[-1], params[-1], Source(x, None), spec.save))
+    y, mask = _join(ends, x if spec.shortcut == "identity" else residual, spec)
+    for end in ends:
+        stats += end.stats
+        saved += end.saved
+    return y, stats, saved + ([mask] if spec.save and spec.relu else [])
+
+
+def _conv(unit: UnitSpec, weight: Tensor, source: Source, stats: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(raw output, its mean and variance if they are wanted)"""
+    if obstacle(unit, weight, source.norm is not None) is None:
+        u, *own = _ops.conv1x1(source.u, weight, *source.affine, unit.geometry.stride[0], stats)
+        return u, tuple(own) if stats else ()
+    u = conv(source.activated(), weight, unit.geometry)
+    return u, raw_stats(unit, u) if stats else ()
+
+
+def _end(unit: UnitSpec, p: UnitParams, source: Source, save: bool) -> End:
+    stride = unit.geometry.stride[0]
+    if unit.plan == "gram":
+        center = sample_center(source.u, *source.affine)
+        gram = Gram(center, *_ops.gram(source.u, *source.affine, center, stride))
+        stats = conv_stats(gram, p.weight)
+        return End(source, p.weight, stride, p.norm(unit, *stats), None, stats, tuple(gram) if save else ())
+    takes = obstacle(unit, p.weight, source.norm is not None) is None
+    if takes and not unit.batch_stats and not (save and unit.needs_raw):  # statistics are given: one product does all
+        return End(source, p.weight, stride, p.norm(unit), None, (), ())
+    raw, own = _conv(unit, p.weight, source, unit.batch_stats)
+    kept = save and unit.plan == "keep" and unit.needs_raw
+    return End(source, p.weight, stride, p.norm(unit, *own), raw, own, (raw,) if kept else ())
+
+
+def _expand(end: End, residual: Tensor | None, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
+    u = (
+        end.source.u
+        if end.stride == 1
+        else end.source.u[:, :, :: end.stride, :: end.stride].contiguous(memory_format=torch.channels_last)
+    )  # only where a projection has no main path in the Gram form to go with
+    affine = (*end.source.affine, end.weight, end.norm.scale, end.norm.shift)
+    return _ops.expand(u, *affine, None, None, None, 1, residual, relu, save_mask)
+
+
+def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+    """act(sum of the ends + residual), and its mask."""
+    main, *projection = ends
+    tail = (spec.relu, spec.relu and spec.save)
+    if projection and main.raw is None and projection[0].raw is None and main.source.norm is not None:
+        other = projection[0]  # the dual GEMM: both products, both batch norms, the sum and the ReLU
+        return _ops.expand(
+            main.source.u, *main.source.affine, main.weight, main.norm.scale, main.norm.shift + other.norm.shift,
+            other.source.u, other.weight, other.norm.scale, other.stride, None, *tail,
+        )  # fmt: skip
+    other_affine: Pair = (None, None)
+    if projection:
+        other = projection[0]
+        if other.raw is None:
+            residual = _expand(other, None, False, False)[0]
+        elif main.raw is None:
+            residual = _ops.bn_act(other.raw, other.norm.scale, other.norm.shift, None, None, None, False, False)[0]
+        else:
+            residual, other_affine = other.raw, (other.norm.scale, other.norm.shift)
+    if main.raw is None:
+        return _expand(main, residual, *tail)
+    return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, *other_affine, *tail)
+
+
+# -------------------------------------------------------------------------------------------- backward
+
+
+class Gate(NamedTuple):
+    """How dz follows from the gradient at hand: through a mask, the sign of scale*u + shift, or as it is."""
+
+    mask: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    params: list[UnitParams],
+    norms: list[Norm],
+    saved: list[Tensor],
+    spec: BlockSpec,
+    needs: Needs,
+) -> BlockGrads:
+    """As `block.backward`; `dz` is formed only where a residual's gradient is asked for."""
+    last = spec.chain - 1
+    raws, mask = saved[:last], saved[-1] if spec.relu else None
+    ends = split_end_saved(saved[last:], spec)
+    sources = [Source(x, None), *map(Source, raws, norms[:last])]
+    shortcut = Shortcut(dy, mask) if spec.shortcut == "identity" and needs.x else Shortcut()
+
+    def wanted(i: int) -> tuple[bool, bool]:
+        return i > 0 or needs.x, needs.weights[i]
+
+    at = (spec.units[last], params[last], norms[last], ends[0], sources[last])
+    flow, grads = _end_backward(*at, dy, mask, wanted(last), Shortcut() if last else shortcut)
+    units = [grads]
+    for i in reversed(range(last)):
+        first = shortcut if i == 0 else Shortcut()
+        flow, grads = _inner_backward(spec.units[i], params[i], norms[i], raws[i], sources[i], flow, wanted(i), first)
+        units.insert(0, grads)
+    dx = flow.grad
+    if spec.shortcut == "projection":
+        at = (spec.units[-1], params[-1], norms[-1], ends[1], sources[0])
+        flow, grads = _end_backward(*at, dy, mask, (needs.x, needs.weights[-1]), Shortcut(dx if needs.x else None))
+        units.append(grads)
+        dx = flow.grad
+    dz = _gated(dy, mask) if spec.shortcut == "residual" else dy
+    return BlockGrads(dx, dz, units)
+
+
+def _end_backward(
+    unit: UnitSpec, p: UnitParams, norm: Norm, saved: list[Tensor], source: Source, dy: Tensor, mask: Tensor | None,
+    needs: tuple[bool, bool], shortcut: Shortcut,
+) -> tuple[Flow, UnitGrads]:  # fmt: skip
+    if unit.plan == "gram":
+        return _gram_backward(unit, p, norm, Gram(*saved), source, dy, mask, needs[0], shortcut)
+    if not unit.needs_raw:  # given statistics and no gradient for gamma: du = s dz
+        dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)
+        du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
+        flow, dw = _aten_backward(unit, p.weight, source, du, needs, shortcut)
+        return flow, UnitGrads(dw, torch.zeros_like(norm.scale), dbeta)
+    raw = saved[0] if unit.plan == "keep" else _conv(unit, p.weight, source, False)[0]
+    _, dbeta, dzx = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, norm.mean, False)
+    flow, dw = _conv_backward(unit, p.weight, norm, raw, source, dy, Gate(mask), (dbeta, dzx), needs, shortcut)
+    return flow, UnitGrads(dw, norm.rstd * dzx, dbeta)
+
+
+def _inner_backward(
+    unit: UnitSpec, p: UnitParams, norm: Norm, raw: Tensor, source: Source, flow: Flow, needs: tuple[bool, bool],
+    shortcut: Shortcut,
+) -> tuple[Flow, UnitGrads]:  # fmt: skip
+    sums, gate = flow.sums, Gate()
+    if sums is None:
+        gate = Gate(None, norm.scale, norm.shift)
+        _, *own = _ops.bn_act_backward_reduce(flow.grad, *gate[:1], raw, *gate[1:], norm.mean, False)
+        sums = (own[0], own[1])
+    flow, dw = _conv_backward(unit, p.weight, norm, raw, source, flow.grad, gate, sums, needs, shortcut)
+    return flow, UnitGrads(dw, norm.rstd * sums[1], sums[0])
+
+
+def _conv_backward(
+    unit: UnitSpec, weight: Tensor, norm: Norm, raw: Tensor, source: Source, grad: Tensor, gate: Gate,
+    sums: tuple[Tensor, Tensor], needs: tuple[bool, bool], shortcut: Shortcut,
+) -> tuple[Flow, Tensor]:  # fmt: skip
+    """From the gradient at a unit's output to (that of its input, dW): du = s (dz - dbeta/M - xhat dgamma/M)."""
+    pixels = raw.numel() // raw.shape[1]
+    if unit.batch_stats:
+        coef_x, coef_1 = norm.scale * norm.rstd.square() * sums[1] / -pixels, norm.scale * sums[0] / -pixels
+    else:
+        coef_x = coef_1 = torch.zeros_like(norm.scale)
+    prologue = (gate.mask, raw, gate.scale, gate.shift, norm.mean, norm.scale, coef_x, coef_1)
+    if obstacle(unit, weight, source.norm is not None) is not None:
+        return _aten_backward(unit, weight, source, _ops.bn_act_backward_apply(grad, *prologue), needs, shortcut)
+    u, stride = source.u, unit.geometry.stride[0]
+    dw, flow = weight.new_empty(0), Flow(grad.new_empty(0))
+    if needs[1]:
+        dw = _ops.conv1x1_wgrad(grad, *prologue, u, *source.affine, stride, False, False)[0]
+    if needs[0]:
+        end: tuple[Any, ...] = (*shortcut, None, None, None, None)
+        if source.norm is not None:
+            end = (None, None, u, source.norm.scale, source.norm.shift, source.norm.mean)
+        dx, *own = _ops.conv1x1_dgrad(grad, *prologue, weight, *u.shape[2:], stride, *end)
+        flow = Flow(dx, (own[0], own[1]) if source.norm is not None else None)
+    return flow, dw
+
+
+def _aten_backward(
+    unit: UnitSpec, weight: Tensor, source: Source, du: Tensor, needs: tuple[bool, bool], shortcut: Shortcut
+) -> tuple[Flow, Tensor]:
+    da, dw = conv_backward(du, source.activated(), weight, unit.geometry, *needs)
+    return Flow(shortcut.added_to(da) if needs[0] else da), dw
+
+
+def _gram_backward(
+    unit: UnitSpec, p: UnitParams, norm: Norm, gram: Gram, source: Source, dy: Tensor, mask: Tensor | None,
+    need_input: bool, shortcut: Shortcut,
+) -> tuple[Flow, UnitGrads]:  # fmt: skip
+    """Pass W and pass D; the formulas are at the head of `gram.py`."""
+    stride, pixels, dtype = unit.geometry.stride[0], dy.numel() // dy.shape[1], dy.dtype
+    none = (None,) * 7
+    g, dbeta = _ops.conv1x1_wgrad(dy, mask, *none, source.u, *source.affine, stride, True, True)
+    w = p.weight.flatten(1).to(dbeta.dtype)  # [K, C]
+    mean = gram.center + gram.mean
+    g = g.flatten(1).addr(dbeta, mean, alpha=-1)
+    dgamma = (w * g).sum(1) * norm.rstd
+    dw = (g - (w @ gram.cov) * (norm.rstd * dgamma).unsqueeze(1)) * norm.scale.unsqueeze(1)
+    grads = UnitGrads(dw.view_as(p.weight), dgamma, dbeta)
+    if not need_input:
+        return Flow(dy.new_empty(0)), grads
+    minus_q = (w.t() @ (w * (norm.rstd * norm.scale * dgamma / -pixels).unsqueeze(1))).to(dtype)
+    # With the rounded Q: rounding it then moves no channel's mean, however far that is from 0.
+    constant = -(mean @ minus_q.to(mean.dtype)) - w.t() @ (norm.scale * dbeta / pixels)
+    into_a = (w * norm.scale.unsqueeze(1)).to(dtype).view_as(p.weight)
+    end: tuple[Any, ...]
+    if source.norm is None:
+        end = (None, None, minus_q, constant, None, stride, *shortcut)
+        return Flow(_ops.expand_dgrad(dy, mask, into_a, source.u, *end)[0]), grads
+    end = (*source.affine, minus_q, constant, source.norm.mean, 1, None, None)
+    dz, *sums = _ops.expand_dgrad(dy, mask, into_a, source.u, *end)
+    return Flow(dz, (sums[0], sums[1])), grads
