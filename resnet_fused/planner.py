@@ -1,7 +1,7 @@
 """Which plan each unit runs by, and why.
 
 An end unit (the last of a chain, or a projection) either keeps its raw output for backward, computes it again, or
-never has it: the Gram form (`ops/gram.py`). All three give the same numbers to rounding: the Gram form convolves
+never has it: the Gram form (`ops/gram_form.py`). All three give the same numbers to rounding: the Gram form convolves
 those outputs after all in which it would cancel, which depends on the data and so is no part of the plan.
 """
 

@@ -1,244 +1,114 @@
-"""The Gram form where its variance cancels: nearly dependent channels, and weight rows that ignore what they share."""
+"""gram: mean and covariance of the centred operand on every device."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from conftest import Case, assert_agrees, random_unit
+from device import Device
+from op_cases import acc_of, activation, ops, vector
+from pointwise_cases import (
+    DENSE,
+    HALVES,
+    Arguments,
+    activated,
+    assert_close,
+    assert_refused,
+    columns,
+    compare,
+    dtypes,
+    scale,
+)
 from torch import Tensor
 
-from resnet_fused.functional import ConvBN
-from resnet_fused.ops import block
-from resnet_fused.ops.gram import cancelling, conv_stats, gram_of, sample_center
-from resnet_fused.recorder import recording
+from resnet_fused.ops.gram_form import sample_center
 
-C, K = 16, 64  # operand channels and outputs: a shape that takes the Gram form
-CORRELATIONS = [0.0, 0.9, 0.999, 0.9999, 1.0]
-ROWS = ["random", "along", "across", "one across"]
-MEANS = {torch.float32: [0.0, 1.0, 64.0, 1e3], torch.bfloat16: [0.0, 1.0, 16.0, 64.0]}
+# [N, C, H, W]: one tile of 64 and several of 128, of which the last is ragged; several splits of the pixels.
+SHAPES = [(1, 8, 1, 1), (3, 24, 7, 9), (2, 40, 31, 19), (2, 72, 13, 11), (2, 136, 17, 19), (1, 264, 13, 23)]
 
 
-def correlated(shape: tuple[int, ...], correlation: float, dim: int = 1) -> Tensor:
-    """Standard normal numbers whose slices along `dim` have this correlation with each other."""
-    common = torch.randn([1 if i == dim else n for i, n in enumerate(shape)], dtype=torch.float64)
-    return math.sqrt(correlation) * common + math.sqrt(1 - correlation) * torch.randn(shape, dtype=torch.float64)
+def operand(x: Tensor, scale: Tensor | None, shift: Tensor | None, center: Tensor, stride: int) -> Tensor:
+    a = activated(x, scale, shift)[:, :, ::stride, ::stride]
+    return (a - columns(center)).to(x.dtype)
 
 
-def operand(correlation: float, mean: float = 0.0, size: int = 20) -> Tensor:
-    """[2, C, size, size] with channels of this correlation, standard deviation 1 and this mean."""
-    x = correlated((2, C, size, size), correlation) + mean
-    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+def gram(x, scale, shift, center, stride) -> tuple[Tensor, ...]:
+    a = operand(x, scale, shift, center, stride).to(acc_of(x.dtype))
+    rows = a.permute(0, 2, 3, 1).reshape(-1, a.shape[1])
+    mean = rows.mean(0)
+    return center + mean, (rows - mean).T @ (rows - mean) / rows.shape[0]
 
 
-def rows(kind: str) -> Tensor:
-    """Weights [K, C] along the direction that correlated channels share, or across it."""
-    random = torch.randn(K, C, dtype=torch.float64) / C**0.5
-    across = random - random.mean(1, keepdim=True)
-    along = across / 4 + 1 / C**0.5
-    return {"random": random, "along": along, "across": across, "one across": torch.cat([across[:1], along[1:]])}[kind]
+def fused(**given: Any) -> tuple[Tensor, ...]:
+    """gram, with the mean before the centre was taken away."""
+    mean, cov = ops.gram(**given)
+    return given["center"] + mean, cov
 
 
-def with_weight(unit: ConvBN, weight: Tensor) -> ConvBN:
-    return replace(unit, weight=weight.reshape(unit.weight.shape).clone().requires_grad_())
+def arguments(shape: tuple[int, ...], dtype: torch.dtype, affine: bool = True, stride: int = 1) -> Arguments:
+    c = shape[1]
+    x = activation(*shape, dtype)
+    prologue = (scale(c, dtype), vector(c, dtype)) if affine else (None, None)
+    center = sample_center(x, *prologue)
+    return {"x": x, "scale": prologue[0], "shift": prologue[1], "center": center, "stride": stride}
 
 
-def gram_case(shortcut: str, correlation: float, kind: str, relu: bool = False, size: int = 20) -> Case:
-    """A block whose end unit with weights `kind` is in the Gram form, on an operand of this correlation.
-
-    "identity": the last of two units, on activations; "tensor": the only unit; "projection": the shortcut.
-    """
-    last = with_weight(random_unit(C, K), rows(kind))
-    if shortcut == "projection":
-        return Case(operand(correlation, size=size), (random_unit(C, K, 3, padding=(1, 1)),), last, relu)
-    if shortcut == "tensor":
-        residual = torch.randn(2, K, size, size, dtype=torch.float64).requires_grad_()
-        return Case(operand(correlation, size=size), (last,), residual, relu)
-    first = with_weight(random_unit(K, C), correlated((C, K), correlation, dim=0) / K**0.5)
-    same = {"gamma": torch.ones(C, dtype=torch.float64), "beta": torch.full((C,), 0.5, dtype=torch.float64)}
-    first = replace(first, **{name: t.requires_grad_() for name, t in same.items()})
-    x = torch.randn(2, K, size, size, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
-    return Case(x, (first, last), "identity", relu)
-
-
-@pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The outputs found to cancel, one list a call: in forward, then in backward."""
-    calls: list[list[int]] = []
-
-    def spy(*args: Tensor) -> Tensor:
-        calls.append(cancelling(*args).tolist())
-        return cancelling(*args)
-
-    monkeypatch.setattr(block, "cancelling", spy)
-    return calls
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram(shape: tuple[int, ...], affine: bool, stride: int, device: Device) -> None:
+    for dtype in dtypes(device):
+        for a, got in compare(device, fused, gram, lambda t: arguments(shape, t, affine, stride), dtype):
+            mean, cov = got.values()
+            assert cov.is_contiguous()
+            assert device.name == "cpu" or torch.equal(cov, cov.T)
+            # The operand is rounded, and nothing after it is. (One of its roundings may turn out the other way.)
+            rows = operand(**a).double().permute(0, 2, 3, 1).reshape(-1, shape[1])
+            tolerance = 1e-3 if affine else 1e-5
+            size = (rows + a["center"]).square().mean(0).max()
+            assert (mean - (a["center"] + rows.mean(0))).abs().max() <= tolerance * size.sqrt()
+            assert (cov - torch.cov(rows.T, correction=0)).abs().max() <= tolerance * size
 
 
-# ----------------------------------------------------------------------------------------- the tolerance rule
+@pytest.mark.parametrize(("dtype", "ratio"), [(torch.bfloat16, 64), (torch.float16, 1000)])
+def test_means_far_from_zero(dtype: torch.dtype, ratio: int, device: Device) -> None:
+    """A centre near the mean: the covariance is as accurate as if the mean were 0."""
+    x = (activation(2, 72, 13, 11, torch.float32) + ratio).to(dtype)
+    center = torch.full((72,), float(ratio))
+    mean, cov = device.run(ops.gram, x, None, None, center, 1)
+    rows = x.double().permute(0, 2, 3, 1).reshape(-1, 72) - ratio
+    assert_close(mean, rows.mean(0), 1e-5)
+    assert_close(cov, torch.cov(rows.T, correction=0), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("correlation", CORRELATIONS)
-@pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
-def test_agrees_with_eager(shortcut, correlation, kind, dtype) -> None:
-    """Without the ReLU: in float32 one sign that flips by rounding, which is chance, outweighs what is tested."""
-    assert_agrees([gram_case(shortcut, correlation, kind).to(dtype).draw() for _ in range(3)], dtype)
+def test_any_channels_on_the_cpu() -> None:
+    cpu = Device("cpu")
+    for dtype in dtypes(cpu):
+        compare(cpu, fused, gram, lambda t: arguments((2, 33, 5, 7), t), dtype)
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("correlation", [0.9, 0.9999])
-@pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
-def test_agrees_with_eager_with_relu(shortcut, correlation, kind) -> None:
-    """In bfloat16 hundreds of signs flip: the mask is that of the outputs that were computed again."""
-    draws = [gram_case(shortcut, correlation, kind, relu=True, size=32).to(torch.bfloat16).draw() for _ in range(3)]
-    assert_agrees(draws, torch.bfloat16)
+X, V = activation(2, 8, 5, 7, torch.bfloat16), torch.ones(8)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mean"), [(dtype, mean) for dtype, means in MEANS.items() for mean in means[1:]], ids=str
-)
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("correlation", [0.0, 0.9, 0.9999])
-def test_agrees_with_eager_at_large_means(correlation, kind, dtype, mean) -> None:
-    def case() -> Case:
-        own = gram_case("tensor", correlation, kind)
-        return replace(own, x=(own.x.detach() + mean).requires_grad_()).to(dtype)
-
-    assert_agrees([case().draw() for _ in range(2)], dtype)
-
-
-@pytest.mark.parametrize("frozen", ["x", "weight", "gamma", "beta"])
-@pytest.mark.parametrize("shortcut", ["identity", "projection"])
-def test_any_tensor_may_refuse_its_gradient(shortcut, frozen, found) -> None:
-    case = gram_case(shortcut, 0.999, "across").to(torch.float32)
-    for name, t in case.named():
-        if name.endswith(frozen):
-            t.requires_grad_(False)
-    case.check()
-    assert all(len(outputs) == K for outputs in found)
-
-
-# ---------------------------------------------------------------------------------------------- the variance
-
-
-def batch_variance(x: Tensor, weight: Tensor) -> Tensor:
-    """The variance [K] of the 1x1 convolution's output, as the op makes it."""
-    momentum = {"momentum": 1.0, "running_mean": torch.zeros(K), "running_var": torch.ones(K)}
-    vectors = {"gamma": torch.ones(K), "beta": torch.zeros(K)}
-    case = Case(x, (ConvBN(weight.view(K, C, 1, 1), **vectors, **momentum),))
-    with recording() as calls:
-        case.fused()
-    assert [unit.plan for unit in calls[0].spec.units] == ["gram"]
-    pixels = x.numel() // C
-    return momentum["running_var"] * (pixels - 1) / pixels
-
-
-def exact_variance(a: Tensor, weight: Tensor) -> Tensor:
-    """In float64, of the operand as it was rounded."""
-    pixels = a.detach().double().permute(0, 2, 3, 1).reshape(-1, C)
-    return ((pixels - pixels.mean(0)) @ weight.double().t()).var(0, correction=0)
-
-
-@pytest.mark.parametrize(("dtype", "mean"), [(dtype, mean) for dtype in MEANS for mean in MEANS[dtype]], ids=str)
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("correlation", CORRELATIONS[:-1])
-def test_variance(correlation, kind, dtype, mean) -> None:
-    x, weight = operand(correlation, mean).detach().to(dtype), rows(kind).to(dtype)
-    exact = exact_variance(x, weight)
-    assert ((batch_variance(x, weight) - exact).abs() / exact).max() <= 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_variance_that_the_gram_form_keeps(dtype) -> None:
-    """The outputs left to it are within the bound that gram.py states; for those it gives up, it is not."""
-    weight = torch.cat([rows("random"), rows("across")]).to(dtype)
-    errors, given_up = [], []
-    for correlation in (0.0, 0.5, 0.8, 0.9, 0.999, 0.9999):
-        x = operand(correlation, size=40).detach().to(dtype)
-        center = sample_center(x)
-        a, mean = torch.ops.resnet_fused.gram_operand(x, None, None, False, center, 1)
-        gram = gram_of(a, mean, center)
-        _, variance = conv_stats(gram, weight.view(-1, C, 1, 1))
-        lost = torch.zeros(len(weight), dtype=torch.bool)
-        lost[cancelling(gram, weight, variance)] = True
-        error = (variance / exact_variance(a, weight) - 1).abs()
-        errors += error[~lost].tolist()
-        given_up += error[lost].tolist()
-    bound = 8 * 4 * torch.finfo(torch.float32).eps
-    assert len(errors) > 300
-    assert max(errors) <= bound
-    assert max(given_up) > bound
-
-
-# --------------------------------------------------------------------------------- which outputs leave the form
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
-@pytest.mark.parametrize(
-    ("correlation", "kind", "expected"),
+    ("changes", "message"),
     [
-        (0.0, "random", []),
-        (0.0, "across", []),
-        (0.9999, "along", []),
-        (0.9999, "one across", [0]),
-        (0.9999, "across", list(range(K))),
+        ({"x": X.contiguous()}, "x has shape .* " + DENSE),
+        ({"x": X.int()}, "x has dtype int32, expected float32, bfloat16, float16 or float64"),
+        ({"scale": None}, "shift is given without scale"),
+        ({"shift": None}, "scale is given without shift"),
+        ({"center": V[:4]}, r"center has shape \[4\], expected \[8\]"),
+        ({"center": V.half()}, "center has dtype float16, expected float32"),
+        ({"stride": 0}, "stride is 0, expected at least 1"),
     ],
 )
-def test_outputs_found_to_cancel(shortcut, correlation, kind, expected, dtype, found) -> None:
-    """Usually none, and never more than those that cancel: forward and backward agree on them."""
-    case = gram_case(shortcut, correlation, kind).to(dtype)
-    case.observe("fused", torch.ones_like(case.fused()))
-    assert found == 3 * [expected]
+def test_errors(changes: dict[str, Any], message: str, device: Device) -> None:
+    assert_refused(device, ops.gram, arguments(X.shape, X.dtype), changes, "gram: " + message)
 
 
-def test_nothing_cancels_in_what_is_constant() -> None:
-    """Zero weights, dead channels and NaN: the variance is not below a share of nothing."""
-    gram = gram_of(torch.zeros(2, C, 4, 4), torch.zeros(C), torch.zeros(C))
-    weight = rows("random").float()
-    assert cancelling(gram, weight, torch.zeros(K)).numel() == 0
-    gram = gram._replace(cov=torch.eye(C))
-    assert cancelling(gram, 0 * weight, torch.zeros(K)).numel() == 0
-    assert cancelling(gram, weight, torch.full((K,), float("nan"))).numel() == 0
-    assert cancelling(gram, weight, torch.zeros(K)).tolist() == list(range(K))
-
-
-# ------------------------------------------------------------------------------------------------- derivatives
-
-
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("kind", ["one across", "across"])
-@pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
-def test_gradcheck(shortcut, kind, relu, found) -> None:
-    case = gram_case(shortcut, 0.99, kind, relu, size=6)
-    leaves = case.leaves()
-
-    def call(*tensors: Tensor) -> Tensor:
-        return case.with_tensors(dict(case.named()) | dict(zip(leaves, tensors, strict=True))).fused()
-
-    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
-    assert all(0 in outputs for outputs in found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_strided_projection_beside_a_gram_unit(dtype, found) -> None:
-    """Two Gram units, one strided, with outputs that cancel in one of them only: they are joined all the same."""
-    draws = []
-    for _ in range(3):
-        first = random_unit(C, C, 3, stride=(2, 2), padding=(1, 1))
-        projection = with_weight(random_unit(C, K, stride=(2, 2)), rows("one across"))
-        case = Case(operand(0.999), (first, random_unit(C, K)), projection, relu=False)
-        draws.append(case.to(dtype).draw())
-    assert_agrees(draws, dtype)
-    assert found == 3 * [[], [0], [], [0]]
-
-
-def test_compiles_to_one_graph() -> None:
-    """Which outputs cancel is decided inside the op: the graph does not depend on the data."""
-    case = gram_case("identity", 0.999, "across").to(torch.float32)
-    compiled = torch.compile(case.fused, fullgraph=True, backend="aot_eager")
-    grads = [torch.autograd.grad(how().square().sum(), case.x)[0] for how in (compiled, case.fused)]
-    assert torch.equal(*grads)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_kernels_refuse(dtype: torch.dtype) -> None:
+    emulated = Device("emulated")
+    for shape, message in (((2, 12, 5, 7), "12 channels are not a multiple of 8"), ((0, 8, 5, 7), "no pixels")):
+        assert_refused(emulated, ops.gram, arguments(shape, dtype), {}, "gram: " + message)

@@ -19,7 +19,7 @@ from torchvision.models import resnet as torchvision_resnet
 
 import resnet_fused as rf
 from resnet_fused import functional
-from resnet_fused.ops.gram import Gram, conv_stats, sample_center
+from resnet_fused.ops.gram_form import Gram, conv_stats, sample_center
 
 ops = torch.ops.resnet_fused
 HALVES = [torch.bfloat16, torch.float16]

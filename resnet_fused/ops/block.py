@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .aten import POINTWISE, Geometry, conv, conv_backward, fused_conv, has_fused_conv
-from .gram import Branch, Gram, cancelling, conv_stats, expand, gram_backward, gram_of, output_mean, sample_center
+from .gram_form import Branch, Gram, cancelling, conv_stats, expand, gram_backward, gram_of, output_mean, sample_center
 from .layout import acc_dtype, to_nhwc
 
 _ops = torch.ops.resnet_fused

@@ -1,7 +1,7 @@
 """`expand` and `expand_dgrad`.
 
 A block's last 1x1 convolution with its batch norm, shortcut and ReLU in one product; and the gradient of an operand
-whose batch norm has its statistics from a Gram matrix (see `gram.py`). csrc/expand/expand.h has the formulas.
+whose batch norm has its statistics from a Gram matrix (see `gram_form.py`). csrc/expand/expand.h has the formulas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`gram_operand`: the centred activation whose Gram matrix gives a 1x1 unit's statistics (see `gram.py`)."""
+"""`gram_operand`: the centred activation whose Gram matrix gives a 1x1 unit's statistics (see `gram_form.py`)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from .block import (
     raw_stats,
     split_end_saved,
 )  # fmt: skip
-from .gram import Gram, conv_stats, sample_center
+from .gram_form import Gram, conv_stats, sample_center
 from .pointwise import matrix_kernels_take
 
 _ops = torch.ops.resnet_fused
@@ -314,7 +314,7 @@ def _gram_backward(
     unit: UnitSpec, p: UnitParams, norm: Norm, gram: Gram, source: Source, dy: Tensor, mask: Tensor | None,
     need_input: bool, shortcut: Shortcut,
 ) -> tuple[Flow, UnitGrads]:  # fmt: skip
-    """Pass W and pass D; the formulas are at the head of `gram.py`."""
+    """Pass W and pass D; the formulas are at the head of `gram_form.py`."""
     stride, pixels, dtype = unit.geometry.stride[0], dy.numel() // dy.shape[1], dy.dtype
     none = (None,) * 7
     g, dbeta = _ops.conv1x1_wgrad(dy, mask, *none, source.u, *source.affine, stride, True, True)
