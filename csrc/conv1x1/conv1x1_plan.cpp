@@ -63,7 +63,6 @@ Plan plan_conv1x1(const Conv1x1Problem& q, int arch) {
   const int64_t M = strided_pixels(q.N, q.H, q.W, q.stride);
   if (!check_gemm(plan, "conv1x1", q.dtype, arch, {M, q.N * q.H * q.W}, {q.C, q.K}, {q.x, q.weight, q.out}))
     return plan;
-  if (!check_strided(plan, "conv1x1", q.W, q.stride, q.C)) return plan;
   if (M == 0) return q.mean ? refuse(plan, "conv1x1: no pixels to take statistics of") : void(), plan;
   const TileShape* tile = choose_rows_tile(plan, arch, M, q.K, q.C, {}, q.tile);
   if (!tile) return plan;

@@ -11,7 +11,6 @@ Plan plan_expand(const ExpandProblem& q, int arch) {
     return plan;
   }
   if (q.x2 && !q.scale) return refuse(plan, "expand: with a projection x comes with scale and shift"), plan;
-  if (q.x2 && !check_strided(plan, "expand", q.W2, q.stride, q.C2)) return plan;
   if (M == 0) return plan;
   constexpr const char* kSource = "expand/expand.cu";
   const int32_t m = static_cast<int32_t>(M), k = static_cast<int32_t>(q.K);
@@ -44,7 +43,6 @@ Plan plan_expand_dgrad(const ExpandDgradProblem& q, int arch) {
     return plan;
   }
   if (q.scale && q.stride > 1) return refuse(plan, "expand_dgrad: an activated operand takes stride 1"), plan;
-  if (!check_strided(plan, "expand_dgrad", q.W, q.stride, q.C)) return plan;
   if (M == 0) return q.scale ? refuse(plan, "expand_dgrad: no pixels to sum over") : void(), plan;
   constexpr const char* kSource = "expand/expand_dgrad.cu";
   const Extras extras{false, true};

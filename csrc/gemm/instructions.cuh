@@ -10,7 +10,9 @@ namespace resnet_fused {
 __device__ inline void keep_in_register(uint32_t& v) { asm volatile("" : "+r"(v)); }
 
 __device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  keep_in_register(at);
+  return at;
 }
 
 // Copies 16 bytes into shared memory past L1; `bytes` 0 writes zeros and reads nothing.

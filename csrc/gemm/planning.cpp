@@ -31,14 +31,6 @@ bool check_gemm(Plan& plan, const char* op, DType dtype, int arch, std::initiali
   return true;
 }
 
-bool check_strided(Plan& plan, const char* op, int64_t W, int64_t stride, int64_t C) {
-  // A block's rows of A are 32-bit offsets from its first: no further apart than `stride` pixels, or as many
-  // rows where a row of the output ends.
-  const int64_t ends = kLarge.m / ceil_div(W, stride) + 1;
-  if ((kLarge.m + ends * W) * stride * C * 2 <= UINT32_MAX) return true;
-  return refuse(plan, "%s: a block's pixels lie more than 4 GB apart", op), false;
-}
-
 Divider make_divider(int64_t divisor) {
   if (divisor <= 1) return {1, 0, 0};
   uint32_t bits = 0;

@@ -14,9 +14,6 @@ namespace resnet_fused {
 bool check_gemm(Plan& plan, const char* op, DType dtype, int arch, std::initializer_list<int64_t> pixels,
                 std::initializer_list<int64_t> channels, std::initializer_list<const void*> aligned);
 
-// False, with the plan's reason set, where the strided pixels of x [*, W, C] lie too far apart.
-bool check_strided(Plan& plan, const char* op, int64_t W, int64_t stride, int64_t C);
-
 Divider make_divider(int64_t divisor);
 // The map of a 1x1 convolution of [N, H, W] with a stride.
 PixelMap make_map(int64_t H, int64_t W, int64_t stride);

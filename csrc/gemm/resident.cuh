@@ -38,7 +38,8 @@ struct ResidentKernel {
       b.load(slot, thread);
       if (++loaded == tiles_k) {  // on to the next tile of n
         loaded = 0;
-        b.x += next_n;
+#pragma unroll
+        for (const char*& row : b.row) row += next_n;
         b.k -= tiles_k * S::kK;
       }
     };

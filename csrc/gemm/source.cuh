@@ -38,9 +38,8 @@ __device__ void transform_chunks(const typename Prologue::Params& p, uint32_t sl
 template <class Tile, class Bytes>
 struct AlongRows {
   static constexpr int kPanels = Tile::kCols / kPanel;  // of a tile
-  const char* x;                  // the next tile in the block's first row; the same for all threads
-  uint32_t offset[Tile::kCount];  // bytes from there to a thread's chunk
-  int64_t second = 0;             // bytes from X to the second tensor
+  const char* row[Tile::kCount];                        // a thread's chunks in the next tile
+  int64_t second = 0;                                   // bytes from X to the second tensor
   const uint32_t* mask =
       nullptr;  // the word of this thread's row in the next tile of the mask; null without one
   int mask_k;   // of that tile
@@ -48,16 +47,14 @@ struct AlongRows {
   int rows;
   int first;
 
-  __device__ void begin(const void* x_, int K_, int first_, int rows_, const PixelMap& map, int thread) {
+  __device__ void begin(const void* x, int K_, int first_, int rows_, const PixelMap& map, int thread) {
     K = K_, first = first_, rows = rows_;
     k = Tile::chunk(thread) * 8;
-    const int64_t start = source_row(map, first);
-    x = static_cast<const char*>(x_) + start * K * 2;
     if constexpr (Bytes::kHasMask) mask = nullptr;
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
       const int m = min(first + Tile::row(thread, i), rows - 1);
-      offset[i] = (static_cast<uint32_t>(source_row(map, m) - start) * K + k) * 2;
+      row[i] = static_cast<const char*>(x) + (source_row(map, m) * K + k) * 2;
     }
   }
   template <class Prologue>
@@ -84,10 +81,10 @@ struct AlongRows {
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
       const uint32_t at = to + i * Tile::kStep * Tile::kRowBytes;
-      copy_async(at, x + offset[i], bytes);
-      if constexpr (Bytes::kHasSecond) copy_async(at + Bytes::kSecond, x + second + offset[i], bytes);
+      copy_async(at, row[i], bytes);
+      if constexpr (Bytes::kHasSecond) copy_async(at + Bytes::kSecond, row[i] + second, bytes);
+      row[i] += Tile::kRowBytes;
     }
-    x += Tile::kRowBytes;
   }
   // Of the tile after the one that is loaded.
   __device__ void load_mask(uint32_t slot, int thread) {
