@@ -1,9 +1,10 @@
 """What the compiler makes of the CUDA kernels, for any architecture and without a GPU.
 
     for kernel in compiled("sm_90"):
-        kernel.symbol, kernel.registers, kernel.spills, kernel.occupancy(), kernel.accesses["LDG", 16]
+        kernel.symbol, kernel.registers, kernel.spills, kernel.occupancy(), kernel.accesses["LDG", 16], kernel.share
 
-Registers, shared memory and spills are what ptxas reports; instructions are counted in the disassembled machine code.
+Registers, shared memory and spills are what ptxas reports; instructions and loops are those of the disassembled machine
+code.
 Results are kept under build/, by the hash of all that they depend on.
 """
 
@@ -20,7 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,7 @@ ARCHES = ("sm_80", "sm_90", "sm_120")
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernels"
+_OWN_SOURCE = Path(__file__).read_bytes()  # as it was loaded: what is kept is what this code makes of the kernels
 
 # setup.py's, but for the host compiler's
 FLAGS = ("-O3", "-std=c++17", "-Werror", "all-warnings")
@@ -41,7 +43,8 @@ _PTXAS = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+# address, opcode with all suffixes, operands
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;\n]*)", re.MULTILINE)
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # suffixes of memory instructions; others have 4
 
 
@@ -77,6 +80,13 @@ class Kernel:
     stack: int  # local memory of a thread
     spills: int  # stored and loaded
     opcodes: dict[str, int]  # of the machine code, with all suffixes: {"LDG.E.128.CONSTANT": 4, ...}
+    # Innermost loops with tensor-core instructions, in order: how many of those, and instructions of all kinds.
+    loops: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Tensor-core instructions among all in the best of the loops; 0 if there are none."""
+        return max((tensor / count for tensor, count in self.loops), default=0.0)
 
     @property
     def accesses(self) -> Counter[tuple[str, int]]:
@@ -88,8 +98,8 @@ class Kernel:
                 counts[name, next((_WIDTHS[s] for s in suffixes if s in _WIDTHS), 4)] += count
         return counts
 
-    def occupancy(self, smem: int = 0) -> float:
-        """The share of a multiprocessor's warps that blocks of `threads` fill; `smem` is dynamic shared memory.
+    def blocks(self, smem: int = 0) -> int:
+        """Blocks of `threads` that a multiprocessor holds; `smem` is dynamic shared memory.
 
         Raises ValueError for an architecture whose limits are not known here.
         """
@@ -99,7 +109,12 @@ class Kernel:
         warps = _round_up(self.threads, 32) // 32
         by_registers = 65536 // 4 // _round_up(32 * self.registers, 256) * 4 // warps
         by_shared = limits.shared // _round_up(self.shared + smem + 1024, 128)
-        return min(limits.blocks, limits.warps // warps, by_registers, by_shared) * warps / limits.warps
+        return min(limits.blocks, limits.warps // warps, by_registers, by_shared)
+
+    def occupancy(self, smem: int = 0) -> float:
+        """The share of a multiprocessor's warps that those blocks fill. Raises as `blocks` does."""
+        blocks = self.blocks(smem)
+        return blocks * (_round_up(self.threads, 32) // 32) / MULTIPROCESSORS[self.arch].warps
 
 
 class CompilerError(OSError):
@@ -111,9 +126,19 @@ def compiled(arch: str = "sm_80", jobs: int | None = None) -> list[Kernel]:
 
     Raises CompilerError.
     """
+    return _compile_all([arch], jobs)[0]
+
+
+def _compile_all(arches: Sequence[str], jobs: int | None = None) -> list[list[Kernel]]:
+    """All kernels for each architecture, from one pool: no compiler idles while an architecture's last file is done."""
     jobs = jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        return [kernel for kernels in pool.map(lambda s: compile_source(s, arch), sources()) for kernel in kernels]
+        waiting = [[pool.submit(compile_source, source, arch) for source in sources()] for arch in arches]
+        try:
+            return [[kernel for file in files for kernel in file.result()] for files in waiting]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # one error is enough
+            raise
 
 
 def sources() -> list[str]:
@@ -128,7 +153,8 @@ def compile_source(source: str, arch: str) -> list[Kernel]:
     """The kernels of one file of csrc/."""
     nvcc, cuobjdump, version = _tools()
     key = hashlib.sha256("\n".join([source, arch, version, *FLAGS]).encode())
-    for path in (CSRC / source, Path(__file__), *sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])):
+    key.update(_OWN_SOURCE)
+    for path in (CSRC / source, *sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])):
         key.update(path.read_bytes())
     kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}.json"
     if not kept.exists():
@@ -137,7 +163,10 @@ def compile_source(source: str, arch: str) -> list[Kernel]:
         partial = kept.with_suffix(f".{os.getpid()}")  # several processes may be at it
         partial.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
         partial.replace(kept)
-    return [Kernel(**fields) for fields in json.loads(kept.read_text())]
+    return [
+        Kernel(**{**fields, "loops": [(tensor, count) for tensor, count in fields["loops"]]})
+        for fields in json.loads(kept.read_text())
+    ]
 
 
 def _compile(nvcc: Path, cuobjdump: Path, source: str, arch: str) -> list[Kernel]:
@@ -149,7 +178,10 @@ def _compile(nvcc: Path, cuobjdump: Path, source: str, arch: str) -> list[Kernel
         code = _output([cuobjdump, "-sass", cubin])
     threads = {name: _product(dims) for name, dims in re.findall(r"\.entry (\w+)\([^{]*?\.maxntid ([\d, ]+)", ptx)}
     parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)
-    opcodes = {name: Counter(_INSTRUCTION.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    machine_code = {
+        name: [(int(address, 16), opcode, operands) for address, opcode, operands in _INSTRUCTION.findall(body)]
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
     return [
         Kernel(
             symbol=found["symbol"],
@@ -160,24 +192,45 @@ def _compile(nvcc: Path, cuobjdump: Path, source: str, arch: str) -> list[Kernel
             shared=int(shared[1]) if (shared := re.search(r"(\d+) bytes smem", found["rest"])) else 0,
             stack=int(found["stack"]),
             spills=int(found["stores"]) + int(found["loads"]),
-            opcodes=dict(sorted(opcodes[found["symbol"]].items())),
+            opcodes=dict(sorted(Counter(opcode for _, opcode, _ in machine_code[found["symbol"]]).items())),
+            loops=_loops(machine_code[found["symbol"]]),
         )
         for found in _PTXAS.finditer(report)
     ]
 
 
+def _loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """Kernel.loops of (address, opcode, operands): a loop is what a branch backwards jumps over, from its target on."""
+    ends: dict[int, int] = {}  # by their first address
+    for address, opcode, operands in code:
+        if opcode.split(".")[0] == "BRA" and (target := re.search(r"\b0x([0-9a-f]+)", operands)):
+            begin = int(target[1], 16)
+            if begin <= address:
+                ends[begin] = address  # of several branches to one target the last
+    bodies = {
+        (begin, end): [opcode.split(".")[0] for address, opcode, _ in code if begin <= address <= end]
+        for begin, end in sorted(ends.items())
+    }
+    found = {loop: (sum(name.endswith("MMA") for name in body), len(body)) for loop, body in bodies.items()}
+    found = {loop: counts for loop, counts in found.items() if counts[0]}
+    inner = [(b, e) for b, e in found if not any(b <= b2 and e2 <= e and (b, e) != (b2, e2) for b2, e2 in found)]
+    return [found[loop] for loop in inner]
+
+
 def table(arches: Sequence[str] = ARCHES) -> tuple[list[str], Iterator[list[str]]]:
-    """Columns, and a row for each kernel: registers, shared memory and theoretical occupancy by architecture.
+    """Columns, and a row for each kernel: registers, static shared memory and the occupancy that these leave by
+    architecture (a plan's dynamic shared memory may lower it), and the share of the tensor cores in its main loop.
 
     Raises as `compiled` and `Kernel.occupancy` do.
     """
-    by_arch = [sorted(compiled(arch), key=lambda kernel: kernel.symbol) for arch in arches]
-    return ["kernel", "threads", "shared", *arches], (
+    by_arch = [sorted(kernels, key=lambda kernel: kernel.symbol) for kernels in _compile_all(arches)]
+    return ["kernel", "threads", "shared", *arches, "tensor"], (
         [
             versions[0].symbol,
             str(versions[0].threads),
             str(versions[0].shared),
             *(f"{kernel.registers}  {kernel.occupancy():4.0%}" for kernel in versions),
+            " ".join(f"{kernel.share:.0%}" for kernel in versions if kernel.loops),
         ]
         for versions in zip(*by_arch, strict=True)
     )

@@ -1,17 +1,26 @@
-"""The plans, and every kernel of the tails: the PTX that nvcc emits, run by the emulator as its plan says."""
+"""The plans, and every kernel of the tails: the PTX that nvcc emits, run by the emulator as its plan says.
+
+The matrix kernels run in the tests of their ops and in test_gemm_traffic.py; here are their plans.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import gemm_cases
 import pytest
 import torch
+from gemm_cases import GEMMS, Gemm
 from ptx import Module, compilers
 from torch import Tensor
 
 from resnet_fused import plans
+from resnet_fused.kernels import MULTIPROCESSORS
 
 CSRC = Path(__file__).parents[1] / "csrc"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -185,6 +194,8 @@ def test_bn_act_pool(x: Tensor, window: tuple[int, int, int]) -> None:
 
 # ---------------------------------------------------------------------------------------- the plans themselves
 
+TAILS = [op for op in plans.OPS if op not in gemm_cases.OPS]
+
 
 def problem_of(op: str, dtype: torch.dtype = torch.bfloat16, channels: int = 64) -> dict[str, object]:
     sizes = {name for name, _ in plans._PROBLEMS[op]._fields_}
@@ -192,7 +203,7 @@ def problem_of(op: str, dtype: torch.dtype = torch.bfloat16, channels: int = 64)
     return {"dtype": dtype, "C": channels, **{name: v for name, v in every.items() if name in sizes}}
 
 
-@pytest.mark.parametrize("op", plans.OPS)
+@pytest.mark.parametrize("op", TAILS)
 def test_reasons(op: str) -> None:
     assert "float64" in plans.plan(op, problem_of(op, torch.float64)).reason
     assert "7.5" in plans.plan(op, problem_of(op), arch=75).reason
@@ -200,7 +211,7 @@ def test_reasons(op: str) -> None:
     assert plans.plan(op, problem_of(op, torch.float64)).steps == ()
 
 
-@pytest.mark.parametrize("op", plans.OPS)
+@pytest.mark.parametrize("op", TAILS)
 def test_variants(op: str) -> None:
     def first(*args: object, **buffers: int) -> str:
         return plans.plan(op, problem_of(op, *args), buffers=buffers).steps[0].symbol
@@ -263,3 +274,203 @@ def test_launcher_errors_come_through() -> None:
 def test_float64_stays_on_the_cpu() -> None:
     with plans.launcher(lambda launch: pytest.fail("launched")):
         ops.bn_stats(activation((2, 6, 6, 24), torch.float64))
+
+
+# ---------------------------------------------------------------------------------- plans of the matrix kernels
+
+SMALL = {"N": 2, "H": 9, "W": 9, "C": 64, "K": 128, "C2": 64}
+
+
+def reason(gemm: Gemm, arch: int = 80, dtype: torch.dtype = torch.bfloat16, **changed: int) -> str:
+    plan = gemm.plan(gemm.problem(dtype, **{**SMALL, **changed}), arch)
+    assert bool(plan.reason) == (plan.steps == ())
+    return plan.reason
+
+
+@pytest.mark.parametrize("gemm", GEMMS, ids=str)
+def test_matrix_reasons(gemm: Gemm) -> None:
+    assert reason(gemm) == ""
+    assert "bfloat16 and float16" in reason(gemm, dtype=torch.float32)
+    assert "bfloat16 and float16" in reason(gemm, dtype=torch.float64)
+    assert "7.5" in reason(gemm, 75)
+    assert "12 channels are not a multiple of 8" in reason(gemm, C=12)
+    assert "1 to 65536 channels, got 100000" in reason(gemm, C=100_000)
+    assert "2^31 pixels" in reason(gemm, N=2**21, H=33, W=32)
+    for missing in set(gemm.menu) - set(gemm.tiles):
+        wanted = "resident kernel" if missing == "resident" else f"tile of {missing} does not fit"
+        assert wanted in reason(gemm, tile=gemm.tile(missing), C=128)
+
+
+@pytest.mark.parametrize("tile", [9, -1])
+@pytest.mark.parametrize("gemm", GEMMS, ids=str)
+def test_unknown_tiles(gemm: Gemm, tile: int) -> None:
+    assert f"tile {tile} does not exist" in reason(gemm, tile=tile)
+
+
+@pytest.mark.parametrize("gemm", GEMMS, ids=str)
+def test_matrix_operands_start_aligned(gemm: Gemm) -> None:
+    """16 bytes, of all that is read or written so; what is not are bits, and what a second kernel writes."""
+    problem = gemm.problem(torch.bfloat16, **SMALL)
+    tensors = gemm.tensors(problem)
+    matrices = [name for name, t in tensors.items() if t.dtype == torch.bfloat16]
+    assert matrices
+    for name in matrices:
+        addresses = {other: t.data_ptr() + 8 * (other == name) for other, t in tensors.items()}
+        assert "multiple of 16 bytes" in plans.plan(gemm.op, problem, 80, addresses).reason, name
+
+
+def refused(op: str, gemm: str, stride: int = 1, without: str = "", given: str = "", **changed: int) -> str:
+    """The reason for the operands of a kernel, but for some."""
+    found = next(g for g in GEMMS if g.name == gemm)
+    names = {*found.inputs.split(), *found.outputs.split(), *given.split()} - set(without.split())
+    problem = {**found.problem(torch.bfloat16, **SMALL), **changed, "stride": stride}
+    return plans.plan(op, problem, 80, dict.fromkeys(names, 4096)).reason
+
+
+def test_operands_that_do_not_go_together() -> None:
+    assert "gate takes stride 1" in refused("conv1x1_dgrad", "conv1x1_dgrad_gate", stride=2)
+    assert "stride 1" in refused("conv1x1_wgrad", "conv1x1_wgrad_affine", stride=2)
+    assert "stride 1" in refused("expand_dgrad", "expand_dgrad", stride=2)
+    assert "not of du" in refused("conv1x1_wgrad", "conv1x1_wgrad_backward", given="sum_dz")
+    assert "scale and shift" in refused("expand", "expand_dual", stride=2, without="scale shift")
+
+
+def test_no_pixels() -> None:
+    for gemm in GEMMS:
+        empty = gemm.plan(gemm.problem(torch.bfloat16, **{**SMALL, "N": 0}))
+        assert empty.steps == ()
+        # Sums over no pixels are the caller's business; without them there is nothing to do.
+        sums = gemm.op in ("conv1x1_wgrad", "gram") or {"mean", "sum_dz"} & set(gemm.outputs.split())
+        assert ("no pixels" in empty.reason) == bool(sums), gemm
+
+
+class Unit(NamedTuple):
+    """A 1x1 convolution of ResNet-50: from c to k channels, size*size pixels of its output."""
+
+    c: int
+    k: int
+    size: int
+    stride: int
+    c2: int = 8  # of the projection's operand where this one is added to a projection
+
+
+def units() -> Iterator[Unit]:
+    for width, size, before in ((64, 56, 64), (128, 28, 256), (256, 14, 512), (512, 7, 1024)):
+        stride = 1 if width == 64 else 2
+        yield Unit(before, width, size * stride, 1)  # the first block's
+        yield Unit(4 * width, width, size, 1)  # the others'
+        yield Unit(width, 4 * width, size, 1, before)
+        yield Unit(before, 4 * width, size, stride)  # the projection
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("batch", [256, 1])
+@pytest.mark.parametrize("gemm", GEMMS, ids=str)
+def test_resnet50(gemm: Gemm, batch: int, arch: int) -> None:
+    """Every unit has a plan, by a tile that the kernel has and that fits, over all of the output."""
+    chosen = [unit for unit in units() if gemm.op == "expand" or unit.stride == gemm.stride]
+    assert chosen
+    for unit in chosen:
+        sizes = {"N": batch, "H": unit.size, "W": unit.size, "C": unit.c, "K": unit.k, "C2": unit.c2}
+        plan = gemm.plan(gemm.problem(torch.float16, **sizes), arch)
+        assert plan.reason == "", unit
+        step = plan.steps[0]
+        name, tile = step.symbol.rsplit("_", 1)
+        assert name == f"{gemm.name}_f16"
+        assert tile in gemm.tiles, unit
+        threads, shared = 32 * step.block[1], MULTIPROCESSORS[f"sm_{arch}"].shared
+        assert 256 // threads * (step.smem + 1024) <= shared, unit
+        rows = batch * unit.size**2
+        if gemm.tiles == gemm_cases.PIXELS_TILES:
+            check_splits(gemm, unit, rows, tile, step, plan.workspace)
+        else:
+            check_tiles(gemm, unit, rows, tile, step, plan.workspace)
+
+
+def check_tiles(gemm: Gemm, unit: Unit, rows: int, tile: str, step: plans.Step, workspace: int) -> None:
+    """Tiles cover the output; sums of a tile's rows are small beside them."""
+    columns = unit.c if "dgrad" in gemm.op else unit.k
+    m, n = (128, 128) if tile == "resident" else map(int, tile.split("x")[:2])
+    down, across = -(-rows // m), -(-columns // n)
+    if tile == "resident":
+        assert step.grid[0] == down
+        assert 1 <= step.grid[1] <= across
+        assert step.grid[1] == 1 or step.grid[0] < 256, "columns are divided only where there are few rows"
+    else:
+        assert step.grid == (down * across, 1, 1)
+    sums = {"mean", "sum_dz"} & set(gemm.outputs.split())
+    assert workspace == (down * 2 * columns if sums else 0)
+
+
+def check_splits(gemm: Gemm, unit: Unit, rows: int, tile: str, step: plans.Step, workspace: int) -> None:
+    """Splits cover the pixels; what they write and read again is a tenth of the operands, or blocks are few."""
+    i, j = (unit.c, unit.c) if gemm.op == "gram" else (unit.k, unit.c)
+    side = int(tile.split("x")[0])
+    down, across = -(-i // side), -(-j // side)
+    tiles, splits = step.grid[:2]
+    assert tiles == (down * (down + 1) // 2 if gemm.op == "gram" else down * across)
+    (per_split,) = struct.unpack_from("<i", step.params, 12)
+    assert per_split % 32 == 0
+    assert (splits - 1) * per_split < rows <= splits * per_split
+    sums = gemm.op == "gram" or "masked" in gemm.name
+    assert workspace == splits * i * (j + sums)
+    assert splits == 1 or tiles * splits <= 512
+    partial, operands = 2 * 4 * splits * i * j, 2 * rows * (i + j)
+    assert partial <= operands / 10 or tiles * splits <= 128 or splits == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "tiles"),
+    [  # by stage, at batch 256: of the convolution at a block's end, or at its begin
+        ("conv1x1_fprop", 80, "128x64x32 256x128x64 256x128x64 256x128x64"),
+        ("conv1x1_fprop", 120, "128x64x32 256x128x32 256x128x32 256x128x32"),
+        ("conv1x1_dgrad_backward_add", 80, "256x128x32 256x128x32 256x128x32 256x128x32"),
+        ("conv1x1_dgrad_backward_add", 120, "128x128x32 128x128x32 128x128x32 128x128x32"),
+        ("conv1x1_wgrad", 80, "64x64x32 128x128x32 128x128x32 128x128x32"),
+        ("conv1x1_wgrad_backward", 120, "64x64x32 64x64x32 64x64x32 64x64x32"),
+        ("expand_affine", 80, "resident resident resident 256x128x64"),
+        ("expand_affine", 120, "resident 128x128x32 256x128x32 256x128x32"),
+        ("expand_dual", 80, "128x128x32 256x128x64 256x128x64 256x128x64"),
+        ("expand_dgrad", 80, "128x64x32 256x128x64 256x128x64 256x128x64"),
+        ("expand_dgrad", 120, "128x64x32 256x128x32 256x128x32 256x128x32"),
+        ("gram", 90, "64x64x32 128x128x32 128x128x32 128x128x32"),
+    ],
+)
+def test_chosen_tiles(name: str, arch: int, tiles: str) -> None:
+    gemm = next(gemm for gemm in GEMMS if gemm.name == name)
+    of_stages = list(units())[2 if "expand" in name or name == "gram" else 1 :: 4]
+    found = []
+    for unit in of_stages:
+        sizes = {"N": 256, "H": unit.size, "W": unit.size, "C": unit.c, "K": unit.k, "C2": unit.c2}
+        found.append(gemm.plan(gemm.problem(torch.bfloat16, **sizes), arch).steps[0].symbol.rsplit("_", 1)[1])
+    assert found == tiles.split()
+
+
+@pytest.mark.parametrize("gemm", GEMMS, ids=str)
+def test_matrices_of_more_than_2_31_elements(gemm: Gemm) -> None:
+    for sizes in (
+        {"N": 4096, "H": 56, "W": 56, "C": 256, "K": 1024, "C2": 256},
+        {**SMALL, "N": 2**20, "H": 22, "W": 22},
+    ):
+        plan = gemm.plan(gemm.problem(torch.bfloat16, **sizes))
+        assert plan.reason == ""
+        assert sizes["N"] * sizes["H"] * sizes["W"] * min(sizes["C"], sizes["K"]) > 2**31
+        assert all(0 < blocks < 2**31 for step in plan.steps for blocks in step.grid)
+        assert all(blocks < 2**16 for step in plan.steps for blocks in step.grid[1:])
+
+
+def test_divisions_by_multiplication() -> None:
+    """What kernels compute with a plan's Divider, for every 31-bit number near a multiple of the divisor."""
+    gemm = next(gemm for gemm in GEMMS if gemm.name == "conv1x1_fprop" and gemm.stride == 2)
+    sizes = [*range(1, 300), *(2**i + j for i in range(9, 15) for j in (-1, 0, 1)), 1000, 12345]
+    for size in sizes:
+        plan = gemm.plan(gemm.problem(torch.bfloat16, N=1, H=size, W=7, C=8, K=8))
+        stride, height, width, *dividers = struct.unpack_from("<3i6I", plan.steps[0].params, 56)  # RowsParams.map
+        assert (stride, (height + 1) // 2, (width + 1) // 2) == (2, size, 7)
+        for (divisor, multiplier, shift), expected in zip((dividers[:3], dividers[3:]), (size, 7), strict=True):
+            assert divisor == expected
+            most = 2**31 // divisor
+            for multiple, off in itertools.product((1, 2, 3, most // 2, most - 1, most), (-1, 0, 1, divisor // 2)):
+                n = min(max(multiple * divisor + off, 0), 2**31 - 1)
+                quotient = n if divisor == 1 else (n * multiplier >> 32) >> shift
+                assert quotient == n // divisor, (n, divisor)

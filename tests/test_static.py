@@ -1,16 +1,23 @@
-"""The machine code of every kernel, for three architectures: registers, spills and the width of memory accesses."""
+"""The machine code of every kernel, for three architectures: registers, spills, the width of memory accesses, how many
+blocks a multiprocessor holds, and how much of the matrix kernels' loops the tensor cores have.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import gemm_cases
 import pytest
 import torch
+from gemm_cases import GEMMS, Gemm
 
 from resnet_fused import console, data, kernels, plans
 from resnet_fused.__main__ import main
 from resnet_fused.kernels import Kernel
+from resnet_fused.plans import Plan, Step
 
 UNITS = [(source, arch) for source in kernels.sources() for arch in kernels.ARCHES]
 # Vector variants that write no activation: statistics, and bits.
@@ -23,7 +30,8 @@ def test_machine_code(source: str, arch: str) -> None:
     assert compiled
     for kernel in compiled:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel.symbol
-        assert kernel.registers < 255, kernel.symbol
+        # With 128 accumulators a thread matrix kernels may use all there are: see test_residency.
+        assert kernel.registers < 255 or kernel.loops, kernel.symbol
         names = {opcode.split(".")[0] for opcode in kernel.opcodes}
         assert "EXIT" in names, "the disassembly was read"
         assert not names & {"LDL", "STL"}, f"{kernel.symbol} has local memory"
@@ -45,15 +53,24 @@ def check_vector_accesses(kernel: Kernel) -> None:
 
 def test_plans_and_kernels_match() -> None:
     """Every kernel is planned and every planned kernel is there, in the file and for the block that the plan says."""
-    planned = {}
+    planned = {step.symbol: (step.source, step.block[0] * step.block[1] * step.block[2]) for step in all_steps()}
+    compiled = {kernel.symbol: (kernel.source, kernel.threads) for kernel in kernels.compiled("sm_80")}
+    assert planned == compiled
+
+
+def all_steps() -> Iterator[Step]:
     for op in plans.OPS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for channels in (64, 33):
-                problem = {"dtype": dtype, "C": channels, **plans_sizes(op)}
-                for step in plans.plan(op, problem, 80).steps:
-                    planned[step.symbol] = (step.source, step.block[0] * step.block[1] * step.block[2], step.smem)
-    compiled = {kernel.symbol: (kernel.source, kernel.threads, 0) for kernel in kernels.compiled("sm_80", jobs=2)}
-    assert planned == compiled
+                if op not in gemm_cases.OPS:
+                    yield from plans.plan(op, {"dtype": dtype, "C": channels, **plans_sizes(op)}, 80).steps
+    for gemm in GEMMS:
+        for dtype in gemm_cases.DTYPES.values():
+            for tile in gemm.tiles:
+                problem = gemm.problem(dtype, tile=gemm.tile(tile), **SIZES)
+                wide = [{"wide": 1}] if gemm.op == "conv1x1_wgrad" else []
+                for changed in [{}, *wide]:
+                    yield from gemm.plan({**problem, **changed}, 80).steps
 
 
 def plans_sizes(op: str) -> dict[str, int]:
@@ -62,8 +79,157 @@ def plans_sizes(op: str) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name in names}
 
 
+# ----------------------------------------------------------------------------------------------- matrix kernels
+
+SIZES = {"N": 8, "H": 56, "W": 56, "C": 128, "K": 256, "C2": 128}
+MATRIX_KERNELS = {gemm.name: gemm for gemm in GEMMS}.values()  # once each
+
+# Activations, weights and products go 16 bytes at a time, by LDGSTS on their way to the tensor cores. What does not:
+BITS_AHEAD = ("LDGSTS", 4)  # a mask's words on their way to a prologue: rows of a mask start at any word
+BITS_BESIDE = ("LDG", 4)  # a mask's words that gate what an epilogue adds
+SCALES = ("LDG", 8)  # of two neighbouring columns of an accumulator
+FLOATS = ("STG", 4)  # a float of a thread's, side by side: a block's sums and statistics
+BITS = ("STG", 4)  # a mask's words, each of four threads
+NARROW = {
+    "conv1x1_fprop": {FLOATS},
+    "conv1x1_fprop_affine": {FLOATS},
+    "conv1x1_dgrad_add": {BITS_BESIDE},
+    "conv1x1_dgrad_gate": {FLOATS},
+    "conv1x1_dgrad_backward_add": {BITS_AHEAD, BITS_BESIDE},
+    "conv1x1_dgrad_backward_gate": {BITS_AHEAD, FLOATS},
+    "conv1x1_wgrad_masked": {BITS_AHEAD, FLOATS},
+    "conv1x1_wgrad_masked_strided": {BITS_AHEAD, FLOATS},
+    "conv1x1_wgrad_masked_affine": {BITS_AHEAD, FLOATS},
+    "conv1x1_wgrad_backward": {BITS_AHEAD},
+    "conv1x1_wgrad_backward_strided": {BITS_AHEAD},
+    "conv1x1_wgrad_backward_affine": {BITS_AHEAD},
+    "gram": {FLOATS},
+    "gram_strided": {FLOATS},
+    "expand": {BITS},
+    "expand_affine": {BITS},
+    "expand_dual": {BITS, SCALES},
+    "expand_dgrad": {BITS_AHEAD, FLOATS},
+    "expand_dgrad_projection": {BITS_AHEAD, BITS_BESIDE},
+}
+# Tensor-core instructions among all of a loop's, in percent, at least: what there is on sm_80 and sm_90, rounded down
+# to a half. By tile, in the order of Gemm.tiles; with two phases: the first, its last tiles, the second.
+SHARES = {
+    "conv1x1_fprop": "54.5 51 35.5 35.5",
+    "conv1x1_fprop_affine": "30 27.5 22 16.5",
+    "conv1x1_dgrad_add": "47.5 42.5 34 29",
+    "conv1x1_dgrad_gate": "49.5 49 33.5 33.5",
+    "conv1x1_dgrad_backward_add": "11.5 9 6",
+    "conv1x1_dgrad_backward_gate": "11.5 9 6",
+    "conv1x1_wgrad": "41.5 23",
+    "conv1x1_wgrad_strided": "19.5 10",
+    "conv1x1_wgrad_affine": "22.5 11.5",
+    "conv1x1_wgrad_masked": "25.5 13.5",
+    "conv1x1_wgrad_masked_strided": "16 8.5",
+    "conv1x1_wgrad_masked_affine": "19 10",
+    "conv1x1_wgrad_backward": "11.5 5",
+    "conv1x1_wgrad_backward_strided": "8.5 4",
+    "conv1x1_wgrad_backward_affine": "9.5 4",
+    "gram": "14.5 7.5",
+    "gram_strided": "8.5 4.5",
+    "expand": "54.5 51 38.5 35.5 42.5",
+    "expand_affine": "30.5 28 22 16.5 40",
+    "expand_dual": "30/30.5/56 27.5/28/51 22.5/22.5/39 16.5/16.5/35",
+    "expand_dgrad": "31/31.5/29 27.5/28/26 21/21/19.5 16.5/16.5/15",
+    "expand_dgrad_projection": "31/31.5/52 26/28.5/46.5 20/21.5/32 15.5/17/31",
+}
+
+
+@functools.cache
+def machine_code(source: str, arch: str) -> dict[str, Kernel]:
+    return {kernel.symbol: kernel for kernel in kernels.compile_source(source, arch)}
+
+
+def versions(gemm: Gemm, arch: str) -> Iterator[tuple[str, Plan, Kernel]]:
+    """By tile and element type: the tile, its plan on an architecture, and the kernel."""
+    for dtype, torch_dtype in gemm_cases.DTYPES.items():
+        for tile in gemm.tiles:
+            problem = gemm.problem(torch_dtype, tile=gemm.tile(tile), **SIZES)
+            (source, *_) = (step.source for step in gemm.plan(problem, 80).steps)  # there every tile fits
+            plan = gemm.plan(problem, int(arch.removeprefix("sm_")))
+            yield tile, plan, machine_code(source, arch)[f"{gemm.name}_{dtype}_{tile}"]
+
+
+@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("gemm", MATRIX_KERNELS, ids=str)
+def test_matrix_kernels(gemm: Gemm, arch: str) -> None:
+    for _, _, kernel in versions(gemm, arch):
+        assert {"HMMA", "LDGSTS", "LDSM"} <= {opcode.split(".")[0] for opcode in kernel.opcodes}, kernel.symbol
+        found = {access for access in kernel.accesses if access[0] in ("LDG", "STG", "LDGSTS")}
+        assert {("LDGSTS", 16), ("STG", 16)} <= found, kernel.symbol
+        assert {access for access in found if access[1] != 16} == NARROW.get(gemm.name, set()), kernel.symbol
+
+
+# What does not fit into the 100 KB of a multiprocessor: three stages (twice as large where dy comes with u) for a block
+# of 256 threads, or for two of 128. (With the mask's words alone two blocks that sum over pixels lack 2 KB.)
+TOO_LARGE = {
+    "rows": {"256x128x64", "resident"},
+    "rows, backward": {"256x128x32", "128x64x32"},
+    "pixels": set(),
+    "pixels, masked": {"128x128x32"},
+    "pixels, backward": {"128x128x32"},
+}
+
+
+@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("gemm", MATRIX_KERNELS, ids=str)
+def test_residency(gemm: Gemm, arch: str) -> None:
+    """Two blocks of 128 threads or one of 256 on a multiprocessor; a tile too large for that is refused."""
+    family = "pixels" if gemm.tiles == gemm_cases.PIXELS_TILES else "rows"
+    prologue = [kind for kind in ("masked", "backward") if kind in gemm.name]
+    too_large = TOO_LARGE[", ".join([family, *prologue])]
+    for tile, plan, kernel in versions(gemm, arch):
+        if arch == "sm_120" and tile in too_large:
+            assert plan.reason.startswith("no resident kernel" if tile == "resident" else f"a tile of {tile} does not")
+            assert plan.steps == ()
+            continue
+        assert plan.reason == "", kernel.symbol
+        assert plan.steps[0].symbol == kernel.symbol
+        assert kernel.blocks(plan.steps[0].smem) * kernel.threads >= 256, kernel.symbol
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("gemm", MATRIX_KERNELS, ids=str)
+def test_shares_of_the_tensor_cores(gemm: Gemm, arch: str) -> None:
+    floors = dict(zip(gemm.tiles, SHARES[gemm.name].split(), strict=True))
+    for tile, _, kernel in versions(gemm, arch):
+        shares = [100 * tensor / count for tensor, count in kernel.loops]
+        for share, floor in zip(shares, map(float, floors[tile].split("/")), strict=True):
+            assert share >= floor, (kernel.symbol, shares)
+
+
+# --------------------------------------------------------------------------------------------------- the numbers
+
+
 def kernel(threads: int, registers: int, shared: int = 0, arch: str = "sm_80") -> Kernel:
     return Kernel("k", "k.cu", arch, threads, registers, shared, 0, 0, {})
+
+
+def test_loops() -> None:
+    """Branches backwards, of which the innermost around tensor-core instructions count."""
+    code = [
+        (0x00, "HMMA.16816.F32.BF16", " R0, R0, R0, RZ "),
+        (0x10, "MOV", " R1, 0x10 "),  # begin of the outer loop
+        (0x20, "HMMA.16816.F32.BF16", " R4, R0, R2, R4 "),  # of an inner one with two branches back
+        (0x30, "BRA", " 0x20 "),
+        (0x40, "LDSM.16.MT88.4", " R0, [R9] "),
+        (0x50, "BRA.U", " !UP0, 0x20 "),
+        (0x60, "FADD", " R4, R4, R4 "),  # one without tensor cores
+        (0x70, "BRA", " P1, 0x60 "),
+        (0x80, "HMMA.16816.F32.BF16", " R4, R0, R2, R4 "),
+        (0x90, "BRA", " 0x80 "),
+        (0xA0, "BRA", " 0x10 "),
+        (0xB0, "BRA", " 0xd0 "),
+        (0xC0, "BRA", " 0xc0 "),
+    ]
+    assert kernels._loops(code) == [(1, 4), (1, 2)]
+    found = Kernel("k", "k.cu", "sm_80", 256, 32, 0, 0, 0, {}, [(1, 4), (1, 2)])
+    assert found.share == 0.5
+    assert kernel(256, 32).share == 0
 
 
 @pytest.mark.parametrize(
@@ -160,7 +326,7 @@ def test_info_lists_kernels(
     assert main(["info", "--kernels", "sm_80", "sm_90"]) == 0
     out = capsys.readouterr().out
     (header,) = (line for line in out.splitlines() if "sm_90" in line)
-    assert re.findall(r"\w+", header) == ["kernel", "threads", "shared", "sm_80", "sm_90"]
+    assert re.findall(r"\w+", header) == ["kernel", "threads", "shared", "sm_80", "sm_90", "tensor"]
     rows = [re.findall(r"[\w%]+", line) for line in out.splitlines() if re.search(r"spilling|indexed", line)]
     assert [row[:3] for row in rows] == [["indexed", "128", "512"], ["spilling", "1024", "0"]]
     assert rows[1][3:] == ["32", "100%", "32", "100%"]

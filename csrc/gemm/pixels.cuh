@@ -65,7 +65,8 @@ struct PixelsKernel {
     int tile_i, tile_j;
     place(p, tile_i, tile_j);
     const int i0 = tile_i * S::kM, j0 = tile_j * S::kN;
-    const int begin = blockIdx.y * p.per_split, end = min(p.M, begin + p.per_split);
+    const int begin = blockIdx.y * p.per_split;
+    const int end = blockIdx.y == gridDim.y - 1 ? p.M : begin + p.per_split;
 
     SourceL l;
     SourceR r;

@@ -82,7 +82,8 @@ const TileShape* choose_rows_tile(Plan& plan, int arch, int64_t M, int64_t N, in
                                   int wanted, bool resident) {
   const bool stays = resident && K <= kResidentK && N % kResident.n == 0 &&
                      resident_bytes(static_cast<int>(K)) + 1024 <= shared_memory(arch);
-  if (wanted && kRowsTiles[std::min<size_t>(wanted, std::size(kRowsTiles)) - 1] == &kResident) {
+  const bool exists = wanted > 0 && wanted <= static_cast<int>(std::size(kRowsTiles));
+  if (exists && kRowsTiles[wanted - 1] == &kResident) {
     if (!stays) refuse(plan, "no resident kernel takes this problem");
     return stays ? &kResident : nullptr;
   }
