@@ -2,7 +2,6 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "common/launch.h"
 #include "ops.h"
 
 namespace resnet_fused {
@@ -53,7 +52,6 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "expand_dgrad(Tensor dy, Tensor? mask, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor q,"
       " Tensor constant, Tensor? mean, int stride, Tensor? addend, Tensor? addend_mask)"
       " -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
-  m.def("kernels_replaced() -> bool");
 }
 
 template <class Library>
@@ -80,9 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("expand", TORCH_BOX(&expand));
   m.impl("expand_dgrad", TORCH_BOX(&expand_dgrad));
-}
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CompositeExplicitAutograd, m) {
-  m.impl("kernels_replaced", TORCH_BOX(&launcher_replaced));
 }
 
 }  // namespace resnet_fused

@@ -76,8 +76,6 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
         return [block_args(case) for case in blocks(dtype)]
     if name == "residual_block_backward":
         return [backward_args(case) for case in blocks(dtype)]
-    if name == "kernels_replaced":
-        return [()]
     if name in POINTWISE:
         return POINTWISE[name](dtype)
     grad = name not in STEPS

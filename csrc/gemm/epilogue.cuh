@@ -37,8 +37,8 @@ __device__ inline int spread(int quadruple) {
   return quadruple & 1 ? 8 + ((quadruple / 2 + 4) & 7) : quadruple / 2;
 }
 
-// Adds up two sums of every channel over the block's rows of a warp's lanes, and hands both of every warp to
-// `combine(column, values of warp_m)`: see the users below.
+// Two sums of every column of a block, by the rows of its warps: put by the lanes that hold them, got by any
+// thread after put's barrier.
 template <class S>
 class ColumnSums {
  public:

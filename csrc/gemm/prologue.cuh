@@ -15,8 +15,6 @@ template <typename T>
 struct Plain {
   using Params = Nothing;
   static constexpr bool kTransforms = false, kSecond = false, kMask = false;
-  static __device__ const void* second(const Params&) { return nullptr; }
-  static __device__ const uint32_t* mask(const Params&) { return nullptr; }
 };
 
 // relu(scale*x + shift)
@@ -24,8 +22,6 @@ template <typename T>
 struct AffineRelu : Plain<T> {
   using Params = Affine;
   static constexpr bool kTransforms = true;
-  static __device__ const void* second(const Params&) { return nullptr; }
-  static __device__ const uint32_t* mask(const Params&) { return nullptr; }
 
   float scale[8], shift[8];
   __device__ AffineRelu(const Params& p, int channel) {
@@ -46,7 +42,6 @@ template <typename T>
 struct Masked : Plain<T> {
   using Params = Mask;
   static constexpr bool kTransforms = true, kMask = true;
-  static __device__ const void* second(const Params&) { return nullptr; }
   static __device__ const uint32_t* mask(const Params& p) { return p.mask; }
 
   bool masked;
@@ -100,8 +95,6 @@ template <typename T>
 struct Centered : Plain<T> {
   using Params = Center;
   static constexpr bool kTransforms = true;
-  static __device__ const void* second(const Params&) { return nullptr; }
-  static __device__ const uint32_t* mask(const Params&) { return nullptr; }
 
   bool activates;
   float scale[8], shift[8];

@@ -33,7 +33,7 @@ from .block import (
     split_end_saved,
 )  # fmt: skip
 from .gram_form import Gram, conv_stats, sample_center
-from .pointwise import matrix_kernels_take
+from .pointwise import masked, matrix_kernels_take
 
 _ops = torch.ops.resnet_fused
 Pair = tuple[Tensor | None, Tensor | None]
@@ -62,7 +62,7 @@ class Shortcut(NamedTuple):
     def added_to(self, dx: Tensor) -> Tensor:
         if self.tensor is None:
             return dx
-        return dx.add_(self.tensor if self.mask is None else _gated(self.tensor, self.mask))
+        return dx.add_(masked(self.tensor, self.mask))
 
 
 class Flow(NamedTuple):
@@ -98,11 +98,6 @@ def serves(params: list[UnitParams], spec: BlockSpec, *activations: Tensor | Non
 
 def _on_kernels(unit: UnitSpec, weight: Tensor, index: int, spec: BlockSpec) -> bool:
     return obstacle(unit, weight, 0 < index < spec.chain) is None
-
-
-def _gated(dy: Tensor, mask: Tensor | None) -> Tensor:
-    """dy * mask"""
-    return dy if mask is None else _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)[0]
 
 
 # --------------------------------------------------------------------------------------------- forward
@@ -243,7 +238,7 @@ def backward(
         flow, grads = _end_backward(*at, dy, mask, (needs.x, needs.weights[-1]), Shortcut(dx if needs.x else None))
         units.append(grads)
         dx = flow.grad
-    dz = _gated(dy, mask) if spec.shortcut == "residual" else dy
+    dz = masked(dy, mask) if spec.shortcut == "residual" else dy
     return BlockGrads(dx, dz, units)
 
 

@@ -52,7 +52,7 @@ def on_cpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(composed: Callable[..., Any]) -> Callable[..., Any]:
         def call(first: Tensor, *rest: Any) -> Any:
-            if first.dtype in (torch.bfloat16, torch.float16) and _ops.kernels_replaced():
+            if first.dtype in (torch.bfloat16, torch.float16) and plans.launcher_replaced():
                 return op.redispatch(_kernels, first, *rest)
             return composed(first, *rest)
 
