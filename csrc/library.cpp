@@ -52,6 +52,22 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "expand_dgrad(Tensor dy, Tensor? mask, Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor q,"
       " Tensor constant, Tensor? mean, int stride, Tensor? addend, Tensor? addend_mask)"
       " -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] geometry, bool stats)"
+      " -> (Tensor out, Tensor mean, Tensor var)");
+  m.def(
+      "conv2d_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] geometry, Tensor out_scale,"
+      " Tensor out_shift, Tensor? residual, bool relu, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "conv2d_dgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
+      " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor weight, int height, int width, int[] "
+      "geometry,"
+      " Tensor? addend, Tensor? addend_mask, Tensor? gate_u, Tensor? gate_scale, Tensor? gate_shift,"
+      " Tensor? gate_mean) -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
+  m.def(
+      "conv2d_wgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
+      " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor x, Tensor? x_scale, Tensor? x_shift,"
+      " int[] kernel_size, int[] geometry) -> Tensor dw");
 }
 
 template <class Library>
@@ -78,6 +94,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("expand", TORCH_BOX(&expand));
   m.impl("expand_dgrad", TORCH_BOX(&expand_dgrad));
+  m.impl("conv2d", TORCH_BOX(&conv2d));
+  m.impl("conv2d_bn_act", TORCH_BOX(&conv2d_bn_act));
+  m.impl("conv2d_dgrad", TORCH_BOX(&conv2d_dgrad));
+  m.impl("conv2d_wgrad", TORCH_BOX(&conv2d_wgrad));
 }
 
 }  // namespace resnet_fused

@@ -103,4 +103,34 @@ std::tuple<Tensor, Tensor, Tensor> expand_dgrad(const Tensor& dy, const Optional
                                                 const OptionalTensor& addend,
                                                 const OptionalTensor& addend_mask);
 
+// The k x k convolution [K, C / groups, R, S], memory KRSC. geometry: stride, padding, dilation (two each),
+// groups.
+
+// out = conv2d(relu(scale*x + shift), or x), and the mean and variance of out (or empty).
+std::tuple<Tensor, Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                                          const OptionalTensor& shift, std::vector<int64_t> geometry,
+                                          bool stats);
+
+// y = relu?(out_scale * conv2d(relu(scale*x + shift), or x) + out_shift + residual) and its mask.
+std::tuple<Tensor, Tensor> conv2d_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                                         const OptionalTensor& shift, std::vector<int64_t> geometry,
+                                         const Tensor& out_scale, const Tensor& out_shift,
+                                         const OptionalTensor& residual, bool relu, bool save_mask);
+
+// dx [N, C, height, width] of conv2d: see conv1x1_dgrad.
+std::tuple<Tensor, Tensor, Tensor> conv2d_dgrad(
+    const Tensor& dy, const OptionalTensor& mask, const OptionalTensor& u, const OptionalTensor& scale,
+    const OptionalTensor& shift, const OptionalTensor& mean, const OptionalTensor& coef_dz,
+    const OptionalTensor& coef_x, const OptionalTensor& coef_1, const Tensor& weight, int64_t height,
+    int64_t width, std::vector<int64_t> geometry, const OptionalTensor& addend,
+    const OptionalTensor& addend_mask, const OptionalTensor& gate_u, const OptionalTensor& gate_scale,
+    const OptionalTensor& gate_shift, const OptionalTensor& gate_mean);
+
+// dw [K, C / groups, *kernel_size] of conv2d, memory KRSC: see conv1x1_wgrad.
+Tensor conv2d_wgrad(const Tensor& dy, const OptionalTensor& mask, const OptionalTensor& u,
+                    const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
+                    const OptionalTensor& coef_dz, const OptionalTensor& coef_x, const OptionalTensor& coef_1,
+                    const Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
+                    std::vector<int64_t> kernel_size, std::vector<int64_t> geometry);
+
 }  // namespace resnet_fused

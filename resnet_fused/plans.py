@@ -33,6 +33,7 @@ def _problem(*, flags: str = "", sizes: str = "M C", buffers: str, tile: bool = 
 
 _POOL: dict[str, Any] = {"flags": "kernel stride padding", "sizes": "N H W C"}
 _CONV1X1 = "N H W C K stride"
+_CONV2D = "N H W C K R S stride_h stride_w padding_h padding_w dilation_h dilation_w groups"
 _BACKWARD = "u mask scale shift mean coef_dz coef_x coef_1"
 _PROBLEMS = {
     "bn_stats": _problem(buffers="x mean var workspace"),
@@ -51,6 +52,20 @@ _PROBLEMS = {
     "conv1x1_wgrad": _problem(
         flags="wide", sizes=_CONV1X1, buffers=f"dy {_BACKWARD} x x_scale x_shift dw sum_dz workspace", tile=True
     ),
+    "conv2d": _problem(sizes=_CONV2D, buffers="x scale shift weight out mean var workspace", tile=True),
+    "conv2d_bn_act": _problem(
+        flags="relu",
+        sizes=_CONV2D,
+        buffers="x scale shift weight out_scale out_shift residual y mask",
+        tile=True,
+    ),
+    "conv2d_dgrad": _problem(
+        sizes=_CONV2D,
+        buffers=f"dy {_BACKWARD} weight addend addend_mask gate_u gate_scale gate_shift gate_mean dx sum_dz sum_dz_xc "
+        "workspace",
+        tile=True,
+    ),
+    "conv2d_wgrad": _problem(sizes=_CONV2D, buffers=f"dy {_BACKWARD} x x_scale x_shift dw workspace", tile=True),
     "gram": _problem(sizes="N H W C stride", buffers="x scale shift center cov mean workspace", tile=True),
     "expand": _problem(
         flags="relu",

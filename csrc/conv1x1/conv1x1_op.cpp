@@ -1,5 +1,4 @@
-#include "../common/checks.h"
-#include "../common/device.h"
+#include "../gemm/checks.h"
 #include "../ops.h"
 #include "conv1x1.h"
 
@@ -8,28 +7,6 @@ namespace {
 
 Sizes strided_shape(const Tensor& x, int64_t channels, int64_t stride) {
   return {x.size(0), channels, strided(x.size(2), stride), strided(x.size(3), stride)};
-}
-
-// The gradient dy [N, K, H', W'] of a convolution's output, and what it is before the batch norm after that.
-BnBackward check_backward(Checks& check, const Tensor& dy, const OptionalTensor& mask,
-                          const OptionalTensor& u, const OptionalTensor& scale, const OptionalTensor& shift,
-                          const OptionalTensor& mean, const OptionalTensor& coef_dz,
-                          const OptionalTensor& coef_x, const OptionalTensor& coef_1) {
-  check.activation("dy", dy);
-  const int64_t k = channels(dy);
-  check.mask("mask", mask);
-  check.same("u", u);
-  check.together({{"u", u}, {"mean", mean}, {"coef_dz", coef_dz}, {"coef_x", coef_x}, {"coef_1", coef_1}});
-  check.affine("scale", scale, "shift", shift, k);
-  check.needs("scale", scale, "u", u);
-  check.excludes("mask", mask, "scale", scale);
-  check.vector("mean", mean, k);
-  check.vector("coef_dz", coef_dz, k);
-  check.vector("coef_x", coef_x, k);
-  check.vector("coef_1", coef_1, k);
-  return {data(u),        {mask_data(mask), floats(scale), floats(shift)},
-          floats(mean),   floats(coef_dz),
-          floats(coef_x), floats(coef_1)};
 }
 
 }  // namespace
@@ -84,16 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
   check.weight("weight", weight, channels(dy), {});
   const int64_t c = weight.size(1);
   const Sizes shape{dy.size(0), c, height, width};
-  check.activation("addend", addend, shape);
-  check.mask("addend_mask", addend_mask, shape);
-  check.needs("addend_mask", addend_mask, "addend", addend);
-  check.activation("gate_u", gate_u, shape);
-  check.together(
-      {{"gate_u", gate_u}, {"gate_scale", gate_scale}, {"gate_shift", gate_shift}, {"gate_mean", gate_mean}});
-  check.vector("gate_scale", gate_scale, c);
-  check.vector("gate_shift", gate_shift, c);
-  check.vector("gate_mean", gate_mean, c);
-  check.excludes("addend", addend, "gate_u", gate_u);
+  check_dgrad_end(check, shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean);
   check.require(!gate_u || stride == 1, "stride is ", stride, ", expected 1 with gate_u");
 
   Tensor dx = empty_nhwc(dy, shape, dy.scalar_type());

@@ -12,13 +12,21 @@ from torch import Tensor
 from .aten import POINTWISE, conv, conv_backward
 from .autograd import fake, forbid_gradients
 from .layout import acc_dtype, empty_nhwc
-from .pointwise import Checks, activated, added, geometry, masked, on_cpu, scattered, strided, transposed
+from .pointwise import (
+    Checks,
+    activated,
+    added,
+    check_backward,
+    geometry,
+    masked,
+    on_cpu,
+    scattered,
+    strided,
+    transposed,
+    vector_like,
+)
 
 _ops = torch.ops.resnet_fused
-
-
-def _vector(like: Tensor, channels: int, wanted: bool = True) -> Tensor:
-    return like.new_empty((channels if wanted else 0,), dtype=acc_dtype(like.dtype))
 
 
 @on_cpu("conv1x1")
@@ -29,7 +37,7 @@ def _fprop(x: Tensor, weight: Tensor, scale, shift, stride, stats):
     check.together(scale=scale, shift=shift)
     check.vectors(x.shape[1], scale=scale, shift=shift)
     out = conv(activated(x, scale, shift), weight, geometry(stride))
-    return out, *(_ops.bn_stats(out) if stats else (_vector(x, 0), _vector(x, 0)))
+    return out, *(_ops.bn_stats(out) if stats else (vector_like(x, 0), vector_like(x, 0)))
 
 
 @fake("conv1x1")
@@ -37,19 +45,7 @@ def _(x, weight, scale, shift, stride, stats):
     n, _, h, w = x.shape
     k = weight.shape[0]
     out = empty_nhwc(x, (n, k, strided(h, stride), strided(w, stride)))
-    return out, _vector(x, k, stats), _vector(x, k, stats)
-
-
-def _check_backward(check: Checks, dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1) -> None:
-    check.mask("mask", mask, dy.shape)
-    check.activation("u", u, dy.shape)
-    check.together(u=u, mean=mean, coef_dz=coef_dz, coef_x=coef_x, coef_1=coef_1)
-    check.together(scale=scale, shift=shift)
-    check.needs("u", u, scale=scale)
-    check.excludes("scale", scale, mask=mask)
-    check.vectors(
-        dy.shape[1], scale=scale, shift=shift, mean=mean, coef_dz=coef_dz, coef_x=coef_x, coef_1=coef_1
-    )  # fmt: skip
+    return out, vector_like(x, k, stats), vector_like(x, k, stats)
 
 
 @on_cpu("conv1x1_dgrad")
@@ -59,7 +55,7 @@ def _dgrad(
 ):  # fmt: skip
     check = Checks("conv1x1_dgrad", "dy", dy)
     n, k, *pixels = dy.shape
-    _check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
+    check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
     check.needs("u", u, mask=mask)
     check.stride(stride)
     check.require(
@@ -69,13 +65,7 @@ def _dgrad(
     )
     check.weight("weight", weight, k, "C")
     shape = (n, weight.shape[1], height, width)
-    check.activation("addend", addend, shape)
-    check.mask("addend_mask", addend_mask, shape)
-    check.needs("addend", addend, addend_mask=addend_mask)
-    check.activation("gate_u", gate_u, shape)
-    check.together(gate_u=gate_u, gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
-    check.vectors(shape[1], gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
-    check.excludes("gate_u", gate_u, addend=addend)
+    check.dgrad_end(shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean)
     check.require(gate_u is None or stride == 1, f"stride is {stride}, expected 1 with gate_u")
 
     du = dy
@@ -86,7 +76,7 @@ def _dgrad(
         return _ops.bn_act_backward_reduce(dx, None, gate_u, gate_scale, gate_shift, gate_mean, True)
     if addend is not None:
         dx = added(dx, masked(addend, addend_mask))
-    return dx, _vector(dy, 0), _vector(dy, 0)
+    return dx, vector_like(dy, 0), vector_like(dy, 0)
 
 
 @fake("conv1x1_dgrad")
@@ -95,7 +85,7 @@ def _(
     addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
 ):  # fmt: skip
     c, gated = weight.shape[1], gate_u is not None
-    return empty_nhwc(dy, (dy.shape[0], c, height, width)), _vector(dy, c, gated), _vector(dy, c, gated)
+    return empty_nhwc(dy, (dy.shape[0], c, height, width)), vector_like(dy, c, gated), vector_like(dy, c, gated)
 
 
 @on_cpu("conv1x1_wgrad")
@@ -103,7 +93,7 @@ def _wgrad(
     dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, stride, wide, sums
 ):  # fmt: skip
     check = Checks("conv1x1_wgrad", "dy", dy)
-    _check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
+    check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
     check.stride(stride)
     check.require(u is None or not sums, "sums is True with u, expected False: sums are those of dy * mask")
     check.activation("x", x)
@@ -116,7 +106,7 @@ def _wgrad(
     check.together(x_scale=x_scale, x_shift=x_shift)
     check.vectors(c, x_scale=x_scale, x_shift=x_shift)
 
-    sum_dz = _vector(dy, 0)
+    sum_dz = vector_like(dy, 0)
     if u is not None:
         du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
     elif sums:
@@ -135,7 +125,7 @@ def _wgrad(
 def _(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x, x_scale, x_shift, stride, wide, sums):
     k = dy.shape[1]
     dw = x.new_empty((k, x.shape[1], 1, 1), dtype=acc_dtype(x.dtype) if wide else x.dtype)
-    return dw, _vector(dy, k, sums)
+    return dw, vector_like(dy, k, sums)
 
 
 forbid_gradients("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad")

@@ -1,4 +1,4 @@
-"""What the ops of 1x1 convolutions share: where they run, and the checks of those who do not reach the kernels.
+"""What the ops of convolutions share: where they run, and the checks of those who do not reach the kernels.
 
 Their kernels take bfloat16 and float16 and channels in multiples of 8, on a GPU. On the CPU each op is a composition
 of ATen's convolutions and of the ops of a batch norm's tail, for every dtype and any channels.
@@ -60,6 +60,11 @@ def on_cpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return composed
 
     return register
+
+
+def vector_like(like: Tensor, channels: int, wanted: bool = True) -> Tensor:
+    """An uninitialised vector [channels] in the accumulation type; [0] where it is not wanted."""
+    return like.new_empty((channels if wanted else 0,), dtype=acc_dtype(like.dtype))
 
 
 def geometry(stride: int) -> Geometry:
@@ -126,6 +131,10 @@ class Checks:
         expected = ", ".join(map(str, shape))
         self.require(fits, f"{name} has shape {list(t.shape)}, expected [{expected}]")
 
+    def tensor(self, name: str, t: Tensor, *shape: int | str) -> None:
+        """Of the call's dtype and a shape, in which a letter stands for any size from 1."""
+        self._tensor(name, t, self._dtype, shape)
+
     def activation(self, name: str, t: Tensor | None, shape: tuple[int | str, ...] | None = None) -> None:
         """Dense NHWC, of that shape or of any."""
         if t is None:
@@ -134,6 +143,10 @@ class Checks:
             t.dim() == 4 and t.shape[1] > 0, f"{name} has shape {list(t.shape)}, expected 4 dimensions [N, C, H, W]"
         )
         self._tensor(name, t, self._dtype, tuple(t.shape) if shape is None else tuple(shape))
+        self.dense(name, t)
+
+    def dense(self, name: str, t: Tensor) -> None:
+        """[N, C, H, W] with memory [N, H, W, C]."""
         dense = all(a == b or n == 1 for a, b, n in zip(t.stride(), nhwc_strides(t.shape), t.shape, strict=True))
         self.require(
             dense or t.numel() == 0,
@@ -167,6 +180,16 @@ class Checks:
             self._tensor(name, t, torch.int32, mask_shape(c, n * h * w))
             self.contiguous(name, t)
 
+    def dgrad_end(self, shape: tuple[int, ...], addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean) -> None:
+        """What a dgrad adds to dx [shape], or gates it with."""
+        self.activation("addend", addend, shape)
+        self.mask("addend_mask", addend_mask, shape)
+        self.needs("addend", addend, addend_mask=addend_mask)
+        self.activation("gate_u", gate_u, shape)
+        self.together(gate_u=gate_u, gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
+        self.vectors(shape[1], gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
+        self.excludes("gate_u", gate_u, addend=addend)
+
     def contiguous(self, name: str, t: Tensor) -> None:
         self.require(
             t.is_contiguous(),
@@ -190,6 +213,19 @@ class Checks:
     def excludes(self, with_: str, other: Tensor | None, **tensors: Tensor | None) -> None:
         for name, t in tensors.items():
             self.require(t is None or other is None, f"{name} is given with {with_}")
+
+
+def check_backward(check: Checks, dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1) -> None:
+    """The gradient dy of a convolution's output, and what it is before the batch norm after that."""
+    check.mask("mask", mask, dy.shape)
+    check.activation("u", u, dy.shape)
+    check.together(u=u, mean=mean, coef_dz=coef_dz, coef_x=coef_x, coef_1=coef_1)
+    check.together(scale=scale, shift=shift)
+    check.needs("u", u, scale=scale)
+    check.excludes("scale", scale, mask=mask)
+    check.vectors(
+        dy.shape[1], scale=scale, shift=shift, mean=mean, coef_dz=coef_dz, coef_x=coef_x, coef_1=coef_1
+    )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:
