@@ -157,7 +157,7 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
     everything = [*call.units, *([call.shortcut] if projected else [])]
     reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype, call.kernels)
     ends = [reasons[spec.chain - 1], *([reasons[-1]] if projected else [])]
-    on_kernels = call.kernels and any(units_on_kernels(everything, spec))
+    on_kernels = call.kernels and any(units_on_kernels(call))
     plan = ("cuda: " if on_kernels else "aten: ") + " + ".join(p for p, _ in ends)
     return _counted(name, kind, call, plan, "; ".join(dict.fromkeys(r for _, r in ends)), *block_bytes(call))
 

@@ -17,7 +17,6 @@ left out: they are small. `counting.py` has another measure, of a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .ops import kernel_block
@@ -190,18 +189,16 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
 def block_bytes(call: Any) -> tuple[Bytes, Bytes]:
     """(eager, ours) of a recorded call."""
     sizes = sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
-    on_kernels = units_on_kernels([*call.units, call.shortcut], call.spec)
-    if call.kernels and any(on_kernels):
+    if call.kernels and any(on_kernels := units_on_kernels(call)):
         return eager_bytes(sizes, call.spec), kernel_bytes(sizes, call.spec, on_kernels)
     return eager_bytes(sizes, call.spec), fused_bytes(sizes, call.spec)
 
 
-def units_on_kernels(units: Sequence[Any], spec: BlockSpec) -> list[bool]:
-    """Which units of a block (ConvBN, the projection last) the matrix kernels take."""
-    return [
-        kernel_block.obstacle(unit, conv.weight, 0 < i < spec.chain) is None
-        for i, (unit, conv) in enumerate(zip(spec.units, units, strict=False))
-    ]
+def units_on_kernels(call: Any) -> list[bool]:
+    """Which units of a recorded block (the projection last) the matrix kernels take."""
+    weights = [conv.weight for conv in (*call.units, call.shortcut)[: len(call.spec.units)]]
+    routes = kernel_block.routes_of(call.spec, weights, call.x_shape, call.dtype)
+    return [own.kernel != "aten" for own in routes]
 
 
 def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:

@@ -7,6 +7,7 @@ def test_bn_stats(device):
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +26,28 @@ CSRC = Path(__file__).parents[1] / "csrc"
 DEVICES = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def kernel_source(symbol: str) -> Path:
+    """The file of csrc/ that defines a kernel: the one whose macros name the longest beginning of its symbol."""
+    names = {
+        name: path
+        for path in CSRC.rglob("*.cu")
+        for name in re.findall(r"RESNET_FUSED_\w*KERNELS?\w*\((\w+)", path.read_text())
+        if symbol.startswith(name)
+    }
+    assert names, f"no file defines a kernel {symbol}"
+    return names[max(names, key=len)]
+
+
 @functools.cache
 def _emulator() -> Emulator:
-    """With all kernels of csrc/."""
+    """With the kernels of csrc/, compiled as they are launched."""
     from ptx import compilers  # not earlier: the emulator compiles itself when it is first imported
     from ptx.launcher import Emulator
 
-    sources = sorted(CSRC.rglob("*.cu"))
-    return Emulator([compilers.nvcc_file(path, "sm_80", includes=[CSRC], flags=["-O3"]) for path in sources])
+    def find(symbol: str) -> str:
+        return compilers.nvcc_file(kernel_source(symbol), "sm_80", includes=[CSRC], flags=["-O3"])
+
+    return Emulator(find=find)
 
 
 class Device:

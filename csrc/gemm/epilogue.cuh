@@ -207,7 +207,8 @@ struct AffineResidualEpilogue {
   __device__ void finish(uint32_t) {}
 };
 
-template <typename T, class S>
+// kFills: whether pixels between those of a strided map are written too.
+template <typename T, class S, bool kFills = true>
 struct AddShortcutEpilogue {
   using Params = AddShortcut;
   static constexpr bool kMapsA = false, kMapsOutput = true, kRescales = false;
@@ -244,7 +245,7 @@ struct AddShortcutEpilogue {
     for (int i = 0; i < 8; ++i) z[i] = acc[i] + constant[i] + a[i];
     const int64_t pixel = source_row(map, m);
     store_chunk(p.out, pixel, at.N, at.n, pack<T>(z));
-    if (map.stride > 1) fill_around(pixel);
+    if (kFills && map.stride > 1) fill_around(pixel);
   }
   // The pixels between this one and the next that the convolution has read.
   __device__ void fill_around(int64_t pixel) const {
@@ -260,23 +261,27 @@ struct AddShortcutEpilogue {
   __device__ void finish(uint32_t) {}
 };
 
-template <typename T, class S>
+// kMapped: whether outputs go through the map.
+template <typename T, class S, bool kMapped = false>
 struct GateSumsEpilogue {
   using Params = GateSums;
   static constexpr bool kMapsA = false, kMapsOutput = false, kRescales = false;
   const Params& p;
+  const PixelMap& map;
   const Place& at;
   float constant[8] = {}, scale[8], shift[8], mean[8];
   float sums[2][8] = {};
 
-  __device__ GateSumsEpilogue(const Params& p, const PixelMap&, const Place& at) : p(p), at(at) {
+  __device__ GateSumsEpilogue(const Params& p, const PixelMap& map, const Place& at)
+      : p(p), map(map), at(at) {
     if (p.constant) load_vector(p.constant, at.channel(), constant);
     load_vector(p.scale, at.channel(), scale);
     load_vector(p.shift, at.channel(), shift);
     load_vector(p.mean, at.channel(), mean);
   }
+  __device__ int64_t pixel(int m) const { return kMapped ? source_row(map, m) : m; }
   __device__ uint4 fetch(int m, bool inside) const {
-    return inside ? fetch_chunk(p.u, m, at.N, at.n) : make_uint4(0, 0, 0, 0);
+    return inside ? fetch_chunk(p.u, pixel(m), at.N, at.n) : make_uint4(0, 0, 0, 0);
   }
   __device__ void row(int m, bool inside, bool, const float (&acc)[8], uint4 raw) {
     float u[8], z[8];
@@ -287,7 +292,7 @@ struct GateSumsEpilogue {
     }
     const uint4 dz = pack<T>(z);
     if (!inside) return;
-    store_chunk(p.out, m, at.N, at.n, dz);
+    store_chunk(p.out, pixel(m), at.N, at.n, dz);
     unpack<T>(dz, z);  // the sums are those of what is stored
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

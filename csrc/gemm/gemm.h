@@ -19,11 +19,13 @@ struct Divider {
 };
 
 // The pixel of x [N, H, W] that pixel m = (n, i, j) of a strided 1x1 convolution's output reads: (n,
-// i*stride, j*stride). Stride 1 takes pixels as they come.
+// i*stride, j*stride). Stride 1 takes pixels as they come. Or the pixel of a strided convolution's dx that is
+// output m of a phase (taps.h).
 struct PixelMap {
   int32_t stride;
   int32_t H, W;  // of x
   Divider Ho, Wo;
+  int32_t first;  // the pixel of (0, 0, 0)
 };
 
 // ------------------------------------------------------------------------------------------------- prologues

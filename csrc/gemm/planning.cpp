@@ -40,8 +40,8 @@ Divider make_divider(int64_t divisor) {
 }
 
 PixelMap make_map(int64_t H, int64_t W, int64_t stride) {
-  return {static_cast<int32_t>(stride), static_cast<int32_t>(H), static_cast<int32_t>(W),
-          make_divider(ceil_div(H, stride)), make_divider(ceil_div(W, stride))};
+  return {static_cast<int32_t>(stride),      static_cast<int32_t>(H),           static_cast<int32_t>(W),
+          make_divider(ceil_div(H, stride)), make_divider(ceil_div(W, stride)), 0};
 }
 
 int64_t strided_pixels(int64_t N, int64_t H, int64_t W, int64_t stride) {

@@ -4,23 +4,25 @@ A batch norm's output never exists here. A unit's input is the raw output u of t
 formed on the way into the tensor cores, forward and backward, and the gradient that flows between units is dz, the one
 of z = s u + t, with its two sums over pixels taken in the epilogue of the kernel that wrote it.
 
-    forward    inner unit    conv1x1 (its statistics in the epilogue)
+    forward    inner unit    conv1x1 or conv2d (its statistics in the epilogue)
                end unit      gram -> statistics -> expand (shortcut, ReLU and mask in the epilogue)
     backward   end unit      conv1x1_wgrad on dy * mask (pass W), expand_dgrad (pass D)
-               inner unit    conv1x1_wgrad and conv1x1_dgrad with the batch norm's backward on load; the first one's
-                             epilogue adds the shortcut's gradient dy * mask
+               inner unit    conv1x1_wgrad and conv1x1_dgrad, or conv2d's, with the batch norm's backward on load; the
+                             first one's epilogue adds the shortcut's gradient dy * mask
 
-A k x k unit goes through ATen, with bn_act and its backward around it. What is saved is what `block.py` saves.
+An end unit that is not 1x1 (BasicBlock's) is an inner unit whose output bn_act joins with the shortcut. What no kernel
+takes (`routes.py`) goes through ATen, with bn_act and its backward around it. What is saved is what `block.py` saves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .aten import conv, conv_backward
+from .aten import Geometry, conv, conv_backward
 from .block import (
     BlockGrads,
     BlockSpec,
@@ -32,8 +34,11 @@ from .block import (
     raw_stats,
     split_end_saved,
 )  # fmt: skip
+from .conv2d import encoded
 from .gram_form import Gram, conv_stats, sample_center
+from .layout import to_nhwc
 from .pointwise import masked, matrix_kernels_take
+from .routes import Route, arch_of, is_pointwise, route_of
 
 _ops = torch.ops.resnet_fused
 Pair = tuple[Tensor | None, Tensor | None]
@@ -51,6 +56,10 @@ class Source(NamedTuple):
 
     def activated(self) -> Tensor:
         return self.u if self.norm is None else self.norm.operand(self.u)
+
+    def route(self, unit: UnitSpec, weight: Tensor) -> Route:
+        activated, u = self.norm is not None, self.u
+        return route_of(unit.geometry, tuple(weight.shape), activated, tuple(u.shape), u.dtype, arch_of(u))
 
 
 class Shortcut(NamedTuple):
@@ -72,20 +81,6 @@ class Flow(NamedTuple):
     sums: tuple[Tensor, Tensor] | None = None
 
 
-def obstacle(unit: UnitSpec, weight: Tensor, activated: bool) -> str | None:
-    """Why a unit goes through ATen; None if the matrix kernels take it. `activated`: its input is relu(s u + t)."""
-    g = unit.geometry
-    if tuple(weight.shape[2:]) != (1, 1) or g.groups != 1 or g.padding != (0, 0):
-        return "not a dense 1x1 convolution"
-    if weight.stride()[:2] != (weight.shape[1], 1):
-        return "its weight is not dense"
-    if weight.shape[0] % 8 or weight.shape[1] % 8:
-        return "its channels are not multiples of 8"
-    if g.stride[0] != g.stride[1] or (g.stride[0] > 1 and activated):
-        return "strided within a chain"
-    return None
-
-
 def serves(params: list[UnitParams], spec: BlockSpec, *activations: Tensor | None) -> bool:
     """Whether a block runs here: the matrix kernels take its activations (the input first) and some unit."""
     x = activations[0]
@@ -93,11 +88,25 @@ def serves(params: list[UnitParams], spec: BlockSpec, *activations: Tensor | Non
         return False
     if any(t.data_ptr() % 16 for t in (*activations, *(p.weight for p in params)) if t is not None):
         return False  # a view into something: the kernels read 16 bytes at a time
-    return any(_on_kernels(unit, p.weight, i, spec) for i, (unit, p) in enumerate(zip(spec.units, params, strict=True)))
+    weights = [p.weight for p in params]
+    return any(own.kernel != "aten" for own in routes_of(spec, weights, tuple(x.shape), x.dtype, arch_of(x)))
 
 
-def _on_kernels(unit: UnitSpec, weight: Tensor, index: int, spec: BlockSpec) -> bool:
-    return obstacle(unit, weight, 0 < index < spec.chain) is None
+def routes_of(
+    spec: BlockSpec, weights: Sequence[Tensor], x_shape: tuple[int, ...], dtype: torch.dtype, arch: int = 80
+) -> list[Route]:
+    """How each unit's convolution runs, the projection last, for an input [N, C, H, W]."""
+    found, shape = [], x_shape
+    for i, (unit, weight) in enumerate(zip(spec.units, weights, strict=False)):
+        shape = x_shape if i == spec.chain else shape
+        found.append(route_of(unit.geometry, tuple(weight.shape), 0 < i < spec.chain, shape, dtype, arch))
+        shape = unit.geometry.out_shape(shape, weight.shape)
+    return found
+
+
+def _channels_last(params: list[UnitParams]) -> list[UnitParams]:
+    """Weights as the kernels read them: a copy of each that lies otherwise, which none does after `fuse_`."""
+    return [p._replace(weight=to_nhwc(p.weight)) for p in params]
 
 
 # --------------------------------------------------------------------------------------------- forward
@@ -108,17 +117,26 @@ class End(NamedTuple):
 
     source: Source
     weight: Tensor
-    stride: int
+    geometry: Geometry
     norm: Norm
     raw: Tensor | None
     stats: tuple[Tensor, ...]
     saved: tuple[Tensor, ...]
+
+    @property
+    def stride(self) -> int:
+        return self.geometry.stride[0]
+
+    @property
+    def pointwise(self) -> bool:
+        return is_pointwise(self.geometry, tuple(self.weight.shape), self.source.norm is not None)
 
 
 def forward(
     x: Tensor, residual: Tensor | None, params: list[UnitParams], spec: BlockSpec
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(y, statistics, saved), as `block.forward`."""
+    params = _channels_last(params)
     stats: list[Tensor] = []
     saved: list[Tensor] = []
     source, last = Source(x, None), spec.chain - 1
@@ -139,43 +157,53 @@ def forward(
 
 def _conv(unit: UnitSpec, weight: Tensor, source: Source, stats: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(raw output, its mean and variance if they are wanted)"""
-    if obstacle(unit, weight, source.norm is not None) is None:
-        u, *own = _ops.conv1x1(source.u, weight, *source.affine, unit.geometry.stride[0], stats)
+    own_route = source.route(unit, weight)
+    if own_route.fprop is None:
+        if own_route.kernel == "conv1x1":
+            u, *own = _ops.conv1x1(source.u, weight, *source.affine, unit.geometry.stride[0], stats)
+        else:
+            u, *own = _ops.conv2d(source.u, weight, *source.affine, encoded(unit.geometry), stats)
         return u, tuple(own) if stats else ()
     u = conv(source.activated(), weight, unit.geometry)
     return u, raw_stats(unit, u) if stats else ()
 
 
 def _end(unit: UnitSpec, p: UnitParams, source: Source, save: bool) -> End:
-    stride = unit.geometry.stride[0]
+    geometry = unit.geometry
     if unit.plan == "gram":
         center = sample_center(source.u, *source.affine)
-        gram = Gram(center, *_ops.gram(source.u, *source.affine, center, stride))
+        gram = Gram(center, *_ops.gram(source.u, *source.affine, center, geometry.stride[0]))
         stats = conv_stats(gram, p.weight)
-        return End(source, p.weight, stride, p.norm(unit, *stats), None, stats, tuple(gram) if save else ())
-    takes = obstacle(unit, p.weight, source.norm is not None) is None
+        return End(source, p.weight, geometry, p.norm(unit, *stats), None, stats, tuple(gram) if save else ())
+    takes = source.route(unit, p.weight).fprop is None
     if takes and not unit.batch_stats and not (save and unit.needs_raw):  # statistics are given: one product does all
-        return End(source, p.weight, stride, p.norm(unit), None, (), ())
+        return End(source, p.weight, geometry, p.norm(unit), None, (), ())
     raw, own = _conv(unit, p.weight, source, unit.batch_stats)
     kept = save and unit.plan == "keep" and unit.needs_raw
-    return End(source, p.weight, stride, p.norm(unit, *own), raw, own, (raw,) if kept else ())
+    return End(source, p.weight, geometry, p.norm(unit, *own), raw, own, (raw,) if kept else ())
 
 
 def _expand(end: End, residual: Tensor | None, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
+    norm, tail = end.norm, (residual, relu, save_mask)
+    if not end.pointwise:
+        geometry = encoded(end.geometry)
+        return _ops.conv2d_bn_act(
+            end.source.u, end.weight, *end.source.affine, geometry, norm.scale, norm.shift, *tail
+        )  # fmt: skip
     u = (
         end.source.u
         if end.stride == 1
         else end.source.u[:, :, :: end.stride, :: end.stride].contiguous(memory_format=torch.channels_last)
     )  # only where a projection has no main path in the Gram form to go with
-    affine = (*end.source.affine, end.weight, end.norm.scale, end.norm.shift)
-    return _ops.expand(u, *affine, None, None, None, 1, residual, relu, save_mask)
+    return _ops.expand(u, *end.source.affine, end.weight, norm.scale, norm.shift, None, None, None, 1, *tail)
 
 
 def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Tensor, Tensor]:
     """act(sum of the ends + residual), and its mask."""
     main, *projection = ends
     tail = (spec.relu, spec.relu and spec.save)
-    if projection and main.raw is None and projection[0].raw is None and main.source.norm is not None:
+    unformed = bool(projection) and main.raw is None and projection[0].raw is None
+    if unformed and main.pointwise and main.source.norm is not None and projection[0].pointwise:
         other = projection[0]  # the dual GEMM: both products, both batch norms, the sum and the ReLU
         return _ops.expand(
             main.source.u, *main.source.affine, main.weight, main.norm.scale, main.norm.shift + other.norm.shift,
@@ -216,7 +244,7 @@ def backward(
     needs: Needs,
 ) -> BlockGrads:
     """As `block.backward`; `dz` is formed only where a residual's gradient is asked for."""
-    last = spec.chain - 1
+    params, last = _channels_last(params), spec.chain - 1
     raws, mask = saved[:last], saved[-1] if spec.relu else None
     ends = split_end_saved(saved[last:], spec)
     sources = [Source(x, None), *map(Source, raws, norms[:last])]
@@ -251,7 +279,7 @@ def _end_backward(
     if not unit.needs_raw:  # given statistics and no gradient for gamma: du = s dz
         dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
-        flow, dw = _aten_backward(unit, p.weight, source, du, needs, shortcut)
+        flow, dw = _through_conv(unit, p.weight, source, (du, *_NO_NORM), needs, shortcut)
         return flow, UnitGrads(dw, torch.zeros_like(norm.scale), dbeta)
     raw = saved[0] if unit.plan == "keep" else _conv(unit, p.weight, source, False)[0]
     _, dbeta, dzx = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, norm.mean, False)
@@ -283,26 +311,48 @@ def _conv_backward(
     else:
         coef_x = coef_1 = torch.zeros_like(norm.scale)
     prologue = (gate.mask, raw, gate.scale, gate.shift, norm.mean, norm.scale, coef_x, coef_1)
-    if obstacle(unit, weight, source.norm is not None) is not None:
-        return _aten_backward(unit, weight, source, _ops.bn_act_backward_apply(grad, *prologue), needs, shortcut)
-    u, stride = source.u, unit.geometry.stride[0]
-    dw, flow = weight.new_empty(0), Flow(grad.new_empty(0))
-    if needs[1]:
-        dw = _ops.conv1x1_wgrad(grad, *prologue, u, *source.affine, stride, False, False)[0]
-    if needs[0]:
-        end: tuple[Any, ...] = (*shortcut, None, None, None, None)
-        if source.norm is not None:
-            end = (None, None, u, source.norm.scale, source.norm.shift, source.norm.mean)
-        dx, *own = _ops.conv1x1_dgrad(grad, *prologue, weight, *u.shape[2:], stride, *end)
-        flow = Flow(dx, (own[0], own[1]) if source.norm is not None else None)
+    return _through_conv(unit, weight, source, (grad, *prologue), needs, shortcut)
+
+
+_NO_NORM = (None,) * 8  # what makes du of dy: nothing
+
+
+def _through_conv(
+    unit: UnitSpec, weight: Tensor, source: Source, du: tuple, needs: tuple[bool, bool], shortcut: Shortcut
+) -> tuple[Flow, Tensor]:
+    """(gradient of the unit's input, dW). du: dy, and what the batch norm's backward makes of it on load."""
+    own = source.route(unit, weight)
+    by_aten = (needs[0] and own.dgrad is not None, needs[1] and own.wgrad is not None)
+    dw, flow = weight.new_empty(0), Flow(du[0].new_empty(0))
+    if any(by_aten):
+        formed = du[0] if du[2] is None else _ops.bn_act_backward_apply(*du)
+        da, dw = conv_backward(formed, source.activated(), weight, unit.geometry, *by_aten)
+        flow = Flow(shortcut.added_to(da) if by_aten[0] else da)
+    if needs[1] and not by_aten[1]:
+        dw = _wgrad(own, unit, weight, du, source)
+    if needs[0] and not by_aten[0]:
+        flow = _dgrad(own, unit, weight, du, source, shortcut)
     return flow, dw
 
 
-def _aten_backward(
-    unit: UnitSpec, weight: Tensor, source: Source, du: Tensor, needs: tuple[bool, bool], shortcut: Shortcut
-) -> tuple[Flow, Tensor]:
-    da, dw = conv_backward(du, source.activated(), weight, unit.geometry, *needs)
-    return Flow(shortcut.added_to(da) if needs[0] else da), dw
+def _wgrad(own_route: Route, unit: UnitSpec, weight: Tensor, du: tuple, source: Source) -> Tensor:
+    """du: the gradient of the unit's output and what the batch norm's backward makes of it."""
+    operand = (source.u, *source.affine)
+    if own_route.kernel == "conv1x1":
+        return _ops.conv1x1_wgrad(*du, *operand, unit.geometry.stride[0], False, False)[0]
+    return _ops.conv2d_wgrad(*du, *operand, weight.shape[2:], encoded(unit.geometry))
+
+
+def _dgrad(own_route: Route, unit: UnitSpec, weight: Tensor, du: tuple, source: Source, shortcut: Shortcut) -> Flow:
+    u = source.u
+    end: tuple[Any, ...] = (*shortcut, None, None, None, None)
+    if source.norm is not None:
+        end = (None, None, u, source.norm.scale, source.norm.shift, source.norm.mean)
+    if own_route.kernel == "conv1x1":
+        dx, *own = _ops.conv1x1_dgrad(*du, weight, *u.shape[2:], unit.geometry.stride[0], *end)
+    else:
+        dx, *own = _ops.conv2d_dgrad(*du, weight, *u.shape[2:], encoded(unit.geometry), *end)
+    return Flow(dx, (own[0], own[1]) if source.norm is not None else None)
 
 
 def _gram_backward(

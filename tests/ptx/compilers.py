@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -37,12 +38,10 @@ def nvcc(source: str, arch: str = "sm_80", flags: tuple[str, ...] = ()) -> str:
 def nvcc_file(
     path: Path | str, arch: str = "sm_80", includes: Iterable[Path | str] = (), flags: Iterable[str] = ()
 ) -> str:
-    """The PTX of a CUDA C++ file; kept on disk by the hash of it, of all headers under `includes` and of the flags."""
+    """The PTX of a CUDA C++ file; kept on disk by the hash of it, of the headers it includes and of the flags."""
     key = hashlib.sha256(" ".join([arch, find_nvcc() or "", *flags]).encode())
-    for folder in map(Path, includes):
-        for header in sorted([*folder.rglob("*.h"), *folder.rglob("*.cuh")]):
-            key.update(header.read_bytes())
-    key.update(Path(path).read_bytes())
+    for file in _with_headers(Path(path), [Path(folder) for folder in includes]):
+        key.update(file.read_bytes())
     kept = cache_dir() / "ptx" / f"{Path(path).stem}-{arch}-{key.hexdigest()[:16]}.ptx"
     if not kept.exists():
         text = _run_nvcc(Path(path), arch, (*flags, *(f"-I{folder}" for folder in includes)))
@@ -51,6 +50,17 @@ def nvcc_file(
         partial.write_text(text)
         partial.rename(kept)
     return kept.read_text()
+
+
+def _with_headers(path: Path, folders: list[Path]) -> list[Path]:
+    """The file and what it includes under `folders`, directly or not."""
+    found, left = {path}, [path]
+    while left:
+        for name in re.findall(r'#include "([^"]+)"', left.pop().read_text()):
+            new = {folder / name for folder in folders if (folder / name).exists()} - found
+            found |= new
+            left += new
+    return sorted(found)
 
 
 def _run_nvcc(path: Path, arch: str, flags: Iterable[str]) -> str:

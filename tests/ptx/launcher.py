@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +39,15 @@ class Emulator:
     kernel's single by-value parameter.
     """
 
-    def __init__(self, texts: Iterable[str], seed: int = 0, **options: Any) -> None:
-        """options: those of Module.launch."""
-        self.seed, self.options = seed, options
+    def __init__(
+        self, texts: Iterable[str] = (), seed: int = 0, find: Callable[[str], str] | None = None, **options: Any
+    ) -> None:
+        """find: the PTX with a kernel that `texts` do not have; options: those of Module.launch."""
+        self.seed, self.options, self._find = seed, options, find
         self.launches: list[Launched] = []
-        self._kernels = {name: module for module in map(Module, texts) for name in module.kernels}
+        self._kernels: dict[str, Module] = {}
+        for text in texts:
+            self._load(text)
         self._tracker: Any = None
 
     @contextmanager
@@ -73,10 +77,16 @@ class Emulator:
         if address and size:
             self._tracker.add(address, size)
 
+    def _load(self, text: str) -> None:
+        module = Module(text)
+        self._kernels |= dict.fromkeys(module.kernels, module)
+
     def __call__(self, launch: Any) -> None:
         if self._tracker is None:
             raise RuntimeError("launches run only within attached()")
         symbol = launch.symbol.decode() if isinstance(launch.symbol, bytes) else launch.symbol
+        if symbol not in self._kernels and self._find:
+            self._load(self._find(symbol))
         if symbol not in self._kernels:
             raise KeyError(f"no kernel {symbol} among the PTX of this emulator")
         grid, block = tuple(launch.grid), tuple(launch.block)
