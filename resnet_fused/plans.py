@@ -92,7 +92,7 @@ class _Step(ctypes.Structure):
         ("block", c_uint32 * 3),
         ("smem", c_uint32),
         ("params_size", c_uint32),
-        ("params", c_uint64 * 28),  # bytes, 8-byte aligned
+        ("params", c_uint64 * 56),  # bytes, 8-byte aligned
     )
 
 

@@ -1,0 +1,21 @@
+#include "gemm/taps.cuh"
+
+#define RESNET_FUSED_TAPS_KERNEL(NAME, T, TILE, BLOCKS, DY, X)       \
+  using NAME##_kernel = TapsKernel<T, TapsShape<TILE>, DY<T>, X<T>>; \
+  RESNET_FUSED_KERNEL(NAME, TILE.threads(), BLOCKS, NAME##_kernel::Params, NAME##_kernel::run)
+#define RESNET_FUSED_TAPS_TYPES(NAME, SUFFIX, TILE, BLOCKS, DY, X)                    \
+  RESNET_FUSED_TAPS_KERNEL(NAME##_bf16_##SUFFIX, __nv_bfloat16, TILE, BLOCKS, DY, X); \
+  RESNET_FUSED_TAPS_KERNEL(NAME##_f16_##SUFFIX, __half, TILE, BLOCKS, DY, X)
+#define RESNET_FUSED_TAPS_KERNELS(NAME, DY, X)                   \
+  RESNET_FUSED_TAPS_TYPES(NAME, 64x64x64, kTapsLong, 1, DY, X);  \
+  RESNET_FUSED_TAPS_TYPES(NAME, 64x64x32, kTapsShort, 1, DY, X); \
+  RESNET_FUSED_TAPS_TYPES(NAME, 32x64x32, kTapsNarrow, 2, DY, X)
+
+namespace resnet_fused {
+
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad, Plain, Plain);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_affine, Plain, AffineRelu);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_backward, Backward, Plain);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_backward_affine, Backward, AffineRelu);
+
+}  // namespace resnet_fused
