@@ -1,7 +1,7 @@
 #include "gemm/taps.cuh"
 
-#define RESNET_FUSED_TAPS_KERNEL(NAME, T, TILE, BLOCKS, DY, X)       \
-  using NAME##_kernel = TapsKernel<T, TapsShape<TILE>, DY<T>, X<T>>; \
+#define RESNET_FUSED_TAPS_KERNEL(NAME, T, TILE, BLOCKS, DY, X) \
+  using NAME##_kernel = TapsKernel<T, TapsShape<TILE>, DY, X>; \
   RESNET_FUSED_KERNEL(NAME, TILE.threads(), BLOCKS, NAME##_kernel::Params, NAME##_kernel::run)
 #define RESNET_FUSED_TAPS_TYPES(NAME, SUFFIX, TILE, BLOCKS, DY, X)                    \
   RESNET_FUSED_TAPS_KERNEL(NAME##_bf16_##SUFFIX, __nv_bfloat16, TILE, BLOCKS, DY, X); \
@@ -13,9 +13,9 @@
 
 namespace resnet_fused {
 
-RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad, Plain, Plain);
-RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_affine, Plain, AffineRelu);
-RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_backward, Backward, Plain);
-RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_backward_affine, Backward, AffineRelu);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad, SharedPlain, SharedPlain);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_affine, SharedPlain, SharedAffine);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_backward, SharedBackward, SharedPlain);
+RESNET_FUSED_TAPS_KERNELS(conv2d_wgrad_backward_affine, SharedBackward, SharedAffine);
 
 }  // namespace resnet_fused

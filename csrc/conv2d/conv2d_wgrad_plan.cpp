@@ -73,7 +73,11 @@ Ring ring_of(const ConvShape& q, const TapsTile& tile, const Batches& batches, i
           static_cast<int32_t>(phase),
           static_cast<int32_t>(lead),
           static_cast<int32_t>(bytes() - zeros),
-          static_cast<int32_t>(bytes())};
+          static_cast<int32_t>(bytes()),
+          static_cast<uint32_t>(ceil_div(65536, q.stride_w)),
+          static_cast<int32_t>(pitch - q.stride_w * phase),
+          static_cast<int32_t>(taps_step(tile) / q.W % rows * row),
+          static_cast<int32_t>(taps_step(tile) % q.W)};
 }
 
 struct Choice {

@@ -15,7 +15,107 @@ namespace resnet_fused {
 __device__ inline void store_shared_word(uint32_t at, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }
+__device__ inline float4 load_four(const float* vector, int channel) {
+  return __ldg(reinterpret_cast<const float4*>(vector + channel));
+}
 __device__ inline void store_shared_float(uint32_t at, float v) { store_shared_word(at, __float_as_uint(v)); }
+
+// Prologues that read their coefficients in shared memory: beside 144 accumulators registers have no room for
+// them. There they are [vector][half of a chunk][chunk][4], so that chunks side by side take different banks.
+template <typename T, int kChannels>
+struct SharedPlain : Plain<T> {
+  static constexpr int kVectors = 0;
+};
+
+template <int kChannels>
+__device__ float4 coefficients(uint32_t own, int vector, int half) {
+  return load_shared_floats(own + (vector * kChannels + half * kChannels / 2) * 4);
+}
+
+template <typename T, int kChannels>
+struct SharedAffine : AffineRelu<T> {
+  using Params = Affine;
+  static constexpr int kVectors = 2;
+  static __device__ void gather(const Params& p, int channel, float4 (&v)[kVectors]) {
+    v[0] = load_four(p.scale, channel);
+    v[1] = load_four(p.shift, channel);
+  }
+  static __device__ uint4 apply(const Params&, uint32_t own, uint4 x, uint4, uint32_t) {
+    uint2 out[2] = {make_uint2(x.x, x.y), make_uint2(x.z, x.w)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 scale = coefficients<kChannels>(own, 0, half),
+                   shift = coefficients<kChannels>(own, 1, half);
+      const uint2 v = out[half];
+      out[half].x = Half<T>::pack_relu(fmaf(scale.x, Half<T>::low(v.x), shift.x),
+                                       fmaf(scale.y, Half<T>::high(v.x), shift.y));
+      out[half].y = Half<T>::pack_relu(fmaf(scale.z, Half<T>::low(v.y), shift.z),
+                                       fmaf(scale.w, Half<T>::high(v.y), shift.w));
+    }
+    return make_uint4(out[0].x, out[0].y, out[1].x, out[1].y);
+  }
+};
+
+template <typename T, int kChannels>
+struct SharedBackward : Backward<T> {
+  using Params = BnBackward;
+  static constexpr int kVectors = 5;
+  static __device__ void gather(const Params& p, int channel, float4 (&v)[kVectors]) {
+    v[0] = load_four(p.coef_dz, channel);
+    v[1] = load_four(p.coef_x, channel);
+    const float4 mean = load_four(p.mean, channel), one = load_four(p.coef_1, channel);
+    v[2] = make_float4(fmaf(-v[1].x, mean.x, one.x), fmaf(-v[1].y, mean.y, one.y),
+                       fmaf(-v[1].z, mean.z, one.z), fmaf(-v[1].w, mean.w, one.w));
+    v[3] = v[4] = make_float4(0, 0, 0, 0);
+    if (!p.gate.scale) return;
+    v[3] = load_four(p.gate.scale, channel);
+    v[4] = load_four(p.gate.shift, channel);
+  }
+  static __device__ uint4 apply(const Params& p, uint32_t own, uint4 dy, uint4 u, uint32_t bits) {
+    if (p.gate.mask) dy = keep_where(dy, bits);
+    uint2 out[2] = {make_uint2(dy.x, dy.y), make_uint2(dy.z, dy.w)};
+    const uint2 raw[2] = {make_uint2(u.x, u.y), make_uint2(u.z, u.w)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint2 d = out[half], v = raw[half];
+      float z[4] = {Half<T>::low(d.x), Half<T>::high(d.x), Half<T>::low(d.y), Half<T>::high(d.y)};
+      float w[4] = {Half<T>::low(v.x), Half<T>::high(v.x), Half<T>::low(v.y), Half<T>::high(v.y)};
+      if (p.gate.scale) {
+        const float4 scale = coefficients<kChannels>(own, 3, half),
+                     shift = coefficients<kChannels>(own, 4, half);
+        z[0] = relu_gate(fmaf(scale.x, w[0], shift.x)) ? z[0] : 0.0f;
+        z[1] = relu_gate(fmaf(scale.y, w[1], shift.y)) ? z[1] : 0.0f;
+        z[2] = relu_gate(fmaf(scale.z, w[2], shift.z)) ? z[2] : 0.0f;
+        z[3] = relu_gate(fmaf(scale.w, w[3], shift.w)) ? z[3] : 0.0f;
+      }
+      const float4 dz = coefficients<kChannels>(own, 0, half), x = coefficients<kChannels>(own, 1, half);
+      const float4 one = coefficients<kChannels>(own, 2, half);
+      out[half].x =
+          Half<T>::pack(fmaf(dz.x, z[0], fmaf(x.x, w[0], one.x)), fmaf(dz.y, z[1], fmaf(x.y, w[1], one.y)));
+      out[half].y =
+          Half<T>::pack(fmaf(dz.z, z[2], fmaf(x.z, w[2], one.z)), fmaf(dz.w, z[3], fmaf(x.w, w[3], one.w)));
+    }
+    return make_uint4(out[0].x, out[0].y, out[1].x, out[1].y);
+  }
+};
+
+// Puts a prologue's coefficients of channels [first, first + kChannels) of C where `coefficients` has them.
+template <class Prologue, int kChannels>
+__device__ void put_coefficients(const typename Prologue::Params& p, uint32_t area, int first, int C,
+                                 int thread) {
+  if constexpr (Prologue::kVectors > 0) {
+    if (thread >= kChannels / 4) return;
+    const int chunk = thread / 2, half = thread % 2;
+    float4 v[Prologue::kVectors];
+    Prologue::gather(p, min(first + 8 * chunk, C - 8) + 4 * half, v);
+#pragma unroll
+    for (int i = 0; i < Prologue::kVectors; ++i) {
+      store_shared(area + (i * kChannels + half * kChannels / 2 + chunk * 4) * 4,
+                   make_uint4(__float_as_uint(v[i].x), __float_as_uint(v[i].y), __float_as_uint(v[i].z),
+                              __float_as_uint(v[i].w)));
+    }
+  }
+}
 
 // A pixel of dy.
 struct OutPixel {
@@ -48,79 +148,93 @@ struct Taps {
   }
 };
 
+// Every kStep-th pixel of x, and its place in the ring.
+template <class Tile>
+struct RingWalk {
+  static constexpr int kStep = taps_step(Tile::kShape);
+  int pixel, column;
+  uint32_t row;  // bytes from the ring's begin
+
+  template <class Params>
+  __device__ void begin(const Params& p, int first) {
+    pixel = first;
+    const uint32_t y = divide(pixel, p.width), turned = y + p.padding_h;
+    column = pixel - y * p.W;
+    row = (turned - divide(turned, p.ring.rows) * p.ring.rows.divisor) * p.ring.row_pitch;
+  }
+  template <class Params>
+  __device__ void next(const Params& p) {
+    pixel += kStep;
+    column += p.ring.step_columns;
+    row += p.ring.step_rows;
+    if (column >= p.W) column -= p.W, row += p.ring.row_pitch;
+    if (row >= p.ring.rows.divisor * p.ring.row_pitch) row -= p.ring.rows.divisor * p.ring.row_pitch;
+  }
+  template <class Params>
+  __device__ uint32_t place(const Params& p) const {
+    const int step = column * p.ring.inverse >> 16;
+    return row + column * p.ring.phase_pitch + step * p.ring.back;
+  }
+};
+
 // x's way through the ring. A thread has a chunk of every kStep-th pixel, and transforms what it has copied.
 template <class Tile, class Params>
 struct RingSource {
-  static constexpr int kAcross = Tile::kC / 8, kStep = Tile::kThreads / kAcross;
+  static constexpr int kAcross = Tile::kC / 8, kStep = RingWalk<Tile>::kStep;
 
-  const char* x;  // the thread's channels of pixel 0
-  uint32_t own;   // the same of place 0, column 0
+  RingWalk<Tile> copying, transforming;
+  const char* from;  // what is copied next
+  uint32_t own;      // the thread's chunk of the ring's first pixel
   int channel;
-  int mine;      // the thread's pixel of every kStep
-  int last_row;  // of the batch's taps, against a pixel's own
-  int last_column;
-  int copied,
-      landed;       // one past the last pixel that is copied, and of the stage that comes after `transformed`
-  int transformed;  // one past the last
+  int copied, landed;  // one past the last pixel: of the last stage, and of the next to be transformed
+  int row, column;     // of the batch's last tap, against a pixel's own
 
-  __device__ void begin(const Params& p, uint32_t ring, int c0, int first_row, int last_row_, int begin,
+  __device__ void begin(const Params& p, uint32_t ring, int c0, int first_row, int last_row, int begin,
                         int thread) {
     const int chunk = thread % kAcross;
     channel = min(c0 + 8 * chunk, p.C - 8);
-    x = static_cast<const char*>(p.x) + channel * 2;
     own = ring + p.ring.lead + chunk * 16;
-    mine = thread / kAcross;
-    // Two pixels side by side share banks where they are narrow: those four apart do not.
-    if constexpr (kAcross == 4) mine = (mine & ~7) + (mine & 1) * 4 + (mine >> 1 & 3);
-    last_row = last_row_ * p.dilation_h - p.padding_h;
-    last_column = (p.S - 1) * p.dilation_w - p.padding_w;
+    row = last_row * p.dilation_h - p.padding_h;
+    column = (p.S - 1) * p.dilation_w - p.padding_w;
     const OutPixel at(p, begin);
     const int y = at.i * p.stride_h + first_row * p.dilation_h - p.padding_h;
-    transformed = copied = (at.image * p.H + min(max(y, 0), p.H)) * p.W;
+    int pixel = thread / kAcross;
+    // Two pixels side by side share banks where they are narrow: those four apart do not.
+    if constexpr (kAcross == 4) pixel = (pixel & ~7) + (pixel & 1) * 4 + (pixel >> 1 & 3);
+    pixel += (at.image * p.H + min(max(y, 0), p.H)) * p.W;
+    copying.begin(p, pixel);
+    transforming = copying;
+    from = static_cast<const char*>(p.x) + 2 * (static_cast<int64_t>(p.C) * pixel + channel);
     landed = -1;
   }
 
   // Copies what the taps of pixels up to m read and has not been copied.
   __device__ void load(const Params& p, int m) {
     const OutPixel at(p, m);
-    const int y = at.i * p.stride_h + last_row;
-    const int column = y < 0 ? 0 : y >= p.H ? p.W : min(max(at.j * stride(p) + last_column + 1, 0), p.W);
-    const int end = (at.image * p.H + min(max(y, 0), p.H - 1)) * p.W + column;
-    for (int pixel = copied + mine; pixel < end; pixel += kStep) {
-      copy_async(place(p, pixel), x + 2 * static_cast<int64_t>(p.C) * pixel, 16);
+    const int y = at.i * p.stride_h + row;
+    const int x = at.j * static_cast<int>(p.stride_w.divisor) + column + 1;
+    const int columns = y < 0 ? 0 : y >= p.H ? p.W : min(max(x, 0), p.W);
+    copied = (at.image * p.H + min(max(y, 0), p.H - 1)) * p.W + columns;
+    if (landed < 0) landed = copied;
+    const int64_t step = static_cast<int64_t>(p.C) * (2 * kStep);
+#pragma unroll 1
+    for (; copying.pixel < copied; copying.next(p)) {
+      copy_async(own + copying.place(p), from, 16);
+      from += step;
     }
-    copied = end;
-    if (landed < 0) landed = end;
   }
 
-  // On the stage after those transformed.
+  // On the next stage.
   template <class Prologue>
-  __device__ void transform(const Params& p) {
+  __device__ void transform(const Params& p, uint32_t coefficients) {
     if constexpr (Prologue::kTransforms) {
-      if (transformed < landed) {
-        const Prologue prologue(p.prologue2, channel);
-        for (int pixel = transformed + mine; pixel < landed; pixel += kStep) {
-          const uint32_t at = place(p, pixel);
-          store_shared(at, prologue(load_shared(at), {}, 0));
-        }
+#pragma unroll 1
+      for (; transforming.pixel < landed; transforming.next(p)) {
+        const uint32_t at = own + transforming.place(p);
+        store_shared(at, Prologue::apply(p.prologue2, coefficients, load_shared(at), {}, 0));
       }
-      transformed = landed;
       landed = copied;
     }
-  }
-
- private:
-  static __device__ int stride(const Params& p) { return p.stride_w.divisor; }
-  __device__ uint32_t place(const Params& p, int pixel) const {
-    const uint32_t row = divide(pixel, p.width), turned = row + p.padding_h;
-    uint32_t column = pixel - row * p.W, phase = 0;
-    if (stride(p) > 1) {
-      const uint32_t step = divide(column, p.stride_w);
-      phase = column - step * stride(p);
-      column = step;
-    }
-    return own + (turned - divide(turned, p.ring.rows) * p.ring.rows.divisor) * p.ring.row_pitch +
-           phase * p.ring.phase_pitch + column * Tile::kPitch;
   }
 };
 
@@ -128,24 +242,20 @@ struct RingSource {
 // column are in it, a tap adds its own. A thread writes the words of one segment.
 template <class Tile, class Params>
 struct RowTable {
-  static constexpr int kBytes = Tile::kPixels * 16;
-  static_assert(Tile::kPixels * 4 <= Tile::kThreads, "a word a thread");
+  static constexpr int kBytes = Tile::kPixels * 16, kThreads = Tile::kPixels * 4;
+  static_assert(kThreads <= Tile::kThreads, "a word a thread");
 
-  uint32_t to, flip;  // the thread's word for the next stage; its sum with that of the stage after
-  uint32_t ring;
-  int m, end, row;  // the thread's pixel; its segment's row against the pixel's own
+  uint32_t to;  // the thread's word
+  int m, row;   // its pixel in the next stage; its segment's row against the pixel's own
 
-  __device__ void begin(const Params& p, const Taps& taps, uint32_t table, uint32_t ring_, int begin,
-                        int end_, int thread) {
+  __device__ void begin(const Params& p, const Taps& taps, uint32_t table, int begin, int thread) {
     to = table + thread * 4;
-    flip = 2 * to + kBytes;
-    ring = ring_;
     m = begin + thread / 4;
-    end = thread < Tile::kPixels * 4 ? end_ : -1;
     row = taps.row(min(thread % 4, taps.count - 1)) * p.dilation_h - p.padding_h;
   }
-  __device__ void write(const Params& p) {
-    if (end < 0) return;
+  // turn: which of the two stages.
+  __device__ void write(const Params& p, uint32_t ring, uint32_t turn, int end, int thread) {
+    if (kThreads < Tile::kThreads && thread >= kThreads) return;
     const OutPixel at(p, m);
     const int y = at.i * p.stride_h + row;
     const uint32_t turned = at.image * p.H + y + p.padding_h;
@@ -153,9 +263,8 @@ struct RowTable {
         (turned - divide(turned, p.ring.rows) * p.ring.rows.divisor) * p.ring.row_pitch + at.j * Tile::kPitch;
     // Zeros have the banks of what they stand for.
     const bool exists = static_cast<uint32_t>(y) < static_cast<uint32_t>(p.H) && m < end;
-    store_shared_word(to, ring + (exists ? place : p.ring.zeros + place % 128));
+    store_shared_word(to + turn, ring + (exists ? place : p.ring.zeros + place % 128));
     m += Tile::kPixels;
-    to = flip - to;
   }
 };
 
@@ -168,15 +277,19 @@ struct TapsShape {
   static_assert(kPitch / 16 % 2 == 1, "eight pixels side by side take different banks");
 };
 
-template <typename T, class S, class Dy, class X>
+template <typename T, class S, template <typename, int> class DyOf, template <typename, int> class XOf>
 struct TapsKernel {
+  using Dy = DyOf<T, S::kK>;
+  using X = XOf<T, S::kC>;
   using Params = TapsParams<typename Dy::Params, typename X::Params>;
   using TileDy = SharedTile<S::kPixels, S::kK, S::kThreads>;
   using BytesDy = OperandBytes<TileDy, Dy>;
   using SourceDy = DownRows<TileDy, BytesDy>;
   using SourceX = RingSource<S, Params>;
   static constexpr int kStageBytes = BytesDy::kBytes;
-  static constexpr int kTable = kStages * kStageBytes, kRing = kTable + taps_table_bytes(S::kShape);
+  static constexpr int kTable = kStages * kStageBytes, kVectorsDy = kTable + taps_table_bytes(S::kShape);
+  static constexpr int kVectorsX = kVectorsDy + kTapsVectorsDy * S::kK * 4,
+                       kRing = kVectorsX + kTapsVectorsX * S::kC * 4;
   static_assert(kRing == taps_stage_bytes(S::kShape, {BytesDy::kHasSecond, BytesDy::kHasMask}) &&
                     kRing % 128 == 0,
                 "what the plan counts");
@@ -200,6 +313,8 @@ struct TapsKernel {
     for (int i = thread * 16; i < p.ring.bytes; i += S::kThreads * 16) {
       store_shared(base + kRing + i, make_uint4(0, 0, 0, 0));
     }
+    put_coefficients<Dy, S::kK>(p.prologue, base + kVectorsDy, k0, p.K, thread);
+    put_coefficients<X, S::kC>(p.prologue2, base + kVectorsX, c0, p.C, thread);
     __syncthreads();
 
     SourceDy dy;
@@ -216,18 +331,19 @@ struct TapsKernel {
     };
     int k = begin;
     RowTable<S, Params> table;
-    table.begin(p, taps, base + kTable, base + kRing, begin, end, thread);
+    table.begin(p, taps, base + kTable, begin, thread);
+    uint32_t turn = 0;  // of the table's two stages
     auto transform = [&](uint32_t slot) {
-      table.write(p);
-      dy.template transform<Dy>(p.prologue, slot, k, thread);
-      x.template transform<X>(p);
+      table.write(p, base + kRing, turn, end, thread);
+      turn ^= RowTable<S, Params>::kBytes;
+      transform_dy(p, base + kVectorsDy + thread % TileDy::kAcross * 16, slot, k, end, thread);
+      x.template transform<X>(p, base + kVectorsX + thread % SourceX::kAcross * 16);
       k += S::kPixels;
     };
 
     const Fragments<TileDy, false, false> fragments(warp_k, lane);
     const uint32_t lane_row = (lane & 7) + (lane >> 4) * 8;
-    uint32_t reading = base + kTable + lane_row * 16;
-    const uint32_t flip = 2 * reading + RowTable<S, Params>::kBytes;
+    const uint32_t words = base + kTable + lane_row * 16;
     const uint32_t lane_column = warp_c * 2 + (lane >> 3 & 1) * 16;
     uint32_t shift[kSegments][kSegmentTaps];
     int count[kSegments];
@@ -240,12 +356,12 @@ struct TapsKernel {
       }
     }
     Accumulators acc = {};
-    auto product = [&](uint32_t slot) {
-#pragma unroll
-      for (int k16 = 0; k16 < S::kPixels / 16; ++k16) {
-        const uint4 found = load_shared(reading + k16 * 16 * 16);
-        const uint32_t rows[kSegments] = {found.x + lane_column, found.y + lane_column,
-                                          found.z + lane_column};
+    const bool whole = min(count[0], min(count[1], count[2])) == kSegmentTaps;
+    uint32_t reading = 0;
+    auto multiply = [&](uint32_t slot) {
+      auto step = [&](int k16, auto known) {
+        const uint4 rows = load_shared(words + reading + k16 * 16 * 16);
+        const uint32_t row[kSegments] = {rows.x + lane_column, rows.y + lane_column, rows.z + lane_column};
         uint32_t b[2][4];
         fragments.load(b[0], slot, 0, k16);
         fragments.load(b[1], slot, 1, k16);
@@ -253,26 +369,63 @@ struct TapsKernel {
         for (int i = 0; i < kSegments; ++i) {
 #pragma unroll
           for (int t = 0; t < kSegmentTaps; ++t) {
-            if (t >= count[i]) break;
+            if (!decltype(known)::value && t >= count[i]) break;
             uint32_t a[4];
-            load_matrices<true>(a, rows[i] + shift[i][t]);
+            load_matrices<true>(a, row[i] + shift[i][t]);
 #pragma unroll
             for (int n = 0; n < S::kFragments; ++n) {
               Half<T>::mma(acc[i][t][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
             }
           }
         }
+      };
+      if (whole) {
+#pragma unroll
+        for (int k16 = 0; k16 < S::kPixels / 16; ++k16) step(k16, std::true_type());
+      } else {
+#pragma unroll 1
+        for (int k16 = 0; k16 < S::kPixels / 16; ++k16) step(k16, std::false_type());
       }
-      reading = flip - reading;
+      reading ^= RowTable<S, Params>::kBytes;
     };
     dy.load_mask(base, thread);
     Pipeline<kStageBytes> pipeline(base, (end - begin + S::kPixels - 1) / S::kPixels, load, transform);
-    pipeline.run_until(0, 0, load, transform, product);
+    // Two warps share a scheduler: one transforms while the other multiplies.
+    const bool late = S::kThreads == 256 && warp >= 4;
+    auto product = [&](uint32_t slot) {
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn) {
+        if ((turn == 1) != late) {
+          multiply(slot);
+        } else if (k < end) {
+          transform(slot == base + (kStages - 1) * kStageBytes ? base : slot + kStageBytes);
+        }
+      }
+    };
+    pipeline.run_until(0, 0, load, [](uint32_t) {}, product);
     store(p, taps, acc, base + warp * kTapsStagingBytes, c0 + warp_c, k0 + warp_k, lane);
   }
 
  private:
   using Accumulators = float[kSegments][kSegmentTaps][S::kFragments][4];
+
+  // As DownRows has it, but one chunk at a time: no register holds what the next one needs too.
+  static __device__ void transform_dy(const Params& p, uint32_t own, uint32_t slot, int k, int end,
+                                      int thread) {
+    if constexpr (Dy::kTransforms) {
+      const int row = TileDy::row(thread, 0), chunk = TileDy::chunk(thread);
+      uint32_t at = slot + TileDy::own(thread, 0);
+      uint32_t word = slot + BytesDy::kMask + (chunk / 4 * BytesDy::kPanelWords + row) * 4 + chunk % 4;
+#pragma unroll 1
+      for (int m = k + row; m < min(k + S::kPixels, end); m += TileDy::kStep) {
+        const uint32_t bits = Dy::mask(p.prologue) ? load_shared_byte(word) : 0;
+        store_shared(at,
+                     Dy::apply(p.prologue, own, load_shared(at), load_shared(at + BytesDy::kSecond), bits));
+        at += TileDy::kStep * TileDy::kRowBytes;
+        word += TileDy::kStep * 4;
+      }
+    }
+  }
 
   // From a pixel's word in the table to the tap in the column s of the kernel.
   static __device__ uint32_t shift_of(const Params& p, int s) {

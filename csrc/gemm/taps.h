@@ -27,9 +27,14 @@ constexpr int kSegments = 3, kSegmentTaps = 3;  // of a batch, of a segment
 // Two stages of a word for each pixel and segment: where its row is in the ring. A fourth word makes it a
 // 16-byte access.
 constexpr int taps_table_bytes(const TapsTile& t) { return 2 * t.pixels * (kSegments + 1) * 4; }
+// Coefficients of the prologues of a block's channels: vectors for dy, and for x.
+constexpr int kTapsVectorsDy = 5, kTapsVectorsX = 2;
+constexpr int taps_coefficient_bytes(const TapsTile& t) {
+  return (kTapsVectorsDy * t.k + kTapsVectorsX * t.c) * 4;
+}
 // What lies before the ring.
 constexpr int taps_stage_bytes(const TapsTile& t, Extras dy) {
-  return kStages * stage_bytes(t.pixels, t.k, dy) + taps_table_bytes(t);
+  return kStages * stage_bytes(t.pixels, t.k, dy) + taps_table_bytes(t) + taps_coefficient_bytes(t);
 }
 // A warp's way out: a tap's c x k, k in rows.
 constexpr int kTapsStagingPitch = TapsTile::kWarpC * 4 + 16;
@@ -44,7 +49,15 @@ struct Ring {
   int32_t row_pitch, phase_pitch, lead;  // bytes
   int32_t zeros;                         // where they begin, a multiple of 128
   int32_t bytes;                         // of all
+  // A column of x is column * phase_pitch + (column / stride) * back from the row's begin; the quotient is
+  // column * inverse >> 16, of columns below 2^15.
+  uint32_t inverse;
+  int32_t back;
+  // What a thread that copies every `step`-th pixel goes on by: bytes of whole rows, and columns.
+  int32_t step_rows, step_columns;
 };
+// Pixels that the threads of a block copy at once, a chunk each.
+constexpr int taps_step(const TapsTile& t) { return t.threads() / (t.c / 8); }
 
 template <class Dy, class X>
 struct TapsParams {
