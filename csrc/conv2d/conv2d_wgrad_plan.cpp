@@ -32,7 +32,7 @@ int64_t rows_of_stages(const ConvShape& q, const TapsTile& tile, int64_t first, 
   // Or the end of an image, all of `more` others, and the beginning of one.
   const int64_t end = q.H - ((q.P() - 1) * q.stride_h + first * q.dilation_h - q.padding_h);
   const int64_t beginning = last * q.dilation_h - q.padding_h + 1;
-  if (lines >= 2) {
+  if (lines >= 2 && q.N > 1) {
     for (const int64_t more : {int64_t{0}, (lines - 2) / q.P()}) {
       rows = std::max(rows, std::max<int64_t>(end, 0) + more * q.H + std::max<int64_t>(beginning, 0) +
                                 (lines - 2 - more * q.P()) * q.stride_h);
@@ -180,6 +180,9 @@ void add_taps(Plan& plan, const Conv2dWgradProblem& q, const std::string& name, 
 Plan plan_conv2d_wgrad(const Conv2dWgradProblem& q, int arch) {
   Plan plan{};
   const ConvShape& s = q.shape;
+  if (std::min({s.K, s.C, s.R, s.S, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.groups}) < 1) {
+    return refuse(plan, "conv2d_wgrad: there is nothing to convolve"), plan;
+  }
   const int64_t M = s.N * s.P() * s.Q(),
                 padded = s.N * std::max(s.H + 2 * s.padding_h, s.W + 2 * s.padding_w);
   if (!check_gemm(plan, "conv2d_wgrad", q.dtype, arch, {M, s.N * s.H * s.W, padded},
@@ -188,7 +191,7 @@ Plan plan_conv2d_wgrad(const Conv2dWgradProblem& q, int arch) {
   }
   if (M == 0) return refuse(plan, "conv2d_wgrad: no pixels to sum over"), plan;
   if (q.tile < 0 || q.tile > static_cast<int>(std::size(kTapsTiles))) {
-    return refuse(plan, "conv2d_wgrad: tile %d does not exist, there are %d", q.tile,
+    return refuse(plan, "tile %d does not exist, there are %d", q.tile,
                   static_cast<int>(std::size(kTapsTiles))),
            plan;
   }

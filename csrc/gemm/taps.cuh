@@ -32,6 +32,7 @@ __device__ float4 coefficients(uint32_t own, int vector, int half) {
   return load_shared_floats(own + (vector * kChannels + half * kChannels / 2) * 4);
 }
 
+// apply: on kCount chunks of the same channels, whose coefficients are read once.
 template <typename T, int kChannels>
 struct SharedAffine : AffineRelu<T> {
   using Params = Affine;
@@ -40,19 +41,22 @@ struct SharedAffine : AffineRelu<T> {
     v[0] = load_four(p.scale, channel);
     v[1] = load_four(p.shift, channel);
   }
-  static __device__ uint4 apply(const Params&, uint32_t own, uint4 x, uint4, uint32_t) {
-    uint2 out[2] = {make_uint2(x.x, x.y), make_uint2(x.z, x.w)};
+  template <int kCount>
+  static __device__ void apply(uint32_t own, uint4 (&x)[kCount]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float4 scale = coefficients<kChannels>(own, 0, half),
                    shift = coefficients<kChannels>(own, 1, half);
-      const uint2 v = out[half];
-      out[half].x = Half<T>::pack_relu(fmaf(scale.x, Half<T>::low(v.x), shift.x),
-                                       fmaf(scale.y, Half<T>::high(v.x), shift.y));
-      out[half].y = Half<T>::pack_relu(fmaf(scale.z, Half<T>::low(v.y), shift.z),
-                                       fmaf(scale.w, Half<T>::high(v.y), shift.w));
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        uint32_t& low = half ? x[i].z : x[i].x;
+        uint32_t& high = half ? x[i].w : x[i].y;
+        low = Half<T>::pack_relu(fmaf(scale.x, Half<T>::low(low), shift.x),
+                                 fmaf(scale.y, Half<T>::high(low), shift.y));
+        high = Half<T>::pack_relu(fmaf(scale.z, Half<T>::low(high), shift.z),
+                                  fmaf(scale.w, Half<T>::high(high), shift.w));
+      }
     }
-    return make_uint4(out[0].x, out[0].y, out[1].x, out[1].y);
   }
 };
 
@@ -71,31 +75,44 @@ struct SharedBackward : Backward<T> {
     v[3] = load_four(p.gate.scale, channel);
     v[4] = load_four(p.gate.shift, channel);
   }
-  static __device__ uint4 apply(const Params& p, uint32_t own, uint4 dy, uint4 u, uint32_t bits) {
-    if (p.gate.mask) dy = keep_where(dy, bits);
-    uint2 out[2] = {make_uint2(dy.x, dy.y), make_uint2(dy.z, dy.w)};
-    const uint2 raw[2] = {make_uint2(u.x, u.y), make_uint2(u.z, u.w)};
+  template <int kCount>
+  static __device__ void apply(const Params& p, uint32_t own, uint4 (&dy)[kCount], const uint4 (&u)[kCount],
+                               const uint32_t (&bits)[kCount]) {
+    if (p.gate.mask) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) dy[i] = keep_where(dy[i], bits[i]);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint2 d = out[half], v = raw[half];
-      float z[4] = {Half<T>::low(d.x), Half<T>::high(d.x), Half<T>::low(d.y), Half<T>::high(d.y)};
-      float w[4] = {Half<T>::low(v.x), Half<T>::high(v.x), Half<T>::low(v.y), Half<T>::high(v.y)};
       if (p.gate.scale) {
         const float4 scale = coefficients<kChannels>(own, 3, half),
                      shift = coefficients<kChannels>(own, 4, half);
-        z[0] = relu_gate(fmaf(scale.x, w[0], shift.x)) ? z[0] : 0.0f;
-        z[1] = relu_gate(fmaf(scale.y, w[1], shift.y)) ? z[1] : 0.0f;
-        z[2] = relu_gate(fmaf(scale.z, w[2], shift.z)) ? z[2] : 0.0f;
-        z[3] = relu_gate(fmaf(scale.w, w[3], shift.w)) ? z[3] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          gate(half ? dy[i].z : dy[i].x, half ? u[i].z : u[i].x, scale.x, scale.y, shift.x, shift.y);
+          gate(half ? dy[i].w : dy[i].y, half ? u[i].w : u[i].y, scale.z, scale.w, shift.z, shift.w);
+        }
       }
       const float4 dz = coefficients<kChannels>(own, 0, half), x = coefficients<kChannels>(own, 1, half);
       const float4 one = coefficients<kChannels>(own, 2, half);
-      out[half].x =
-          Half<T>::pack(fmaf(dz.x, z[0], fmaf(x.x, w[0], one.x)), fmaf(dz.y, z[1], fmaf(x.y, w[1], one.y)));
-      out[half].y =
-          Half<T>::pack(fmaf(dz.z, z[2], fmaf(x.z, w[2], one.z)), fmaf(dz.w, z[3], fmaf(x.w, w[3], one.w)));
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        finish(half ? dy[i].z : dy[i].x, half ? u[i].z : u[i].x, dz.x, dz.y, x.x, x.y, one.x, one.y);
+        finish(half ? dy[i].w : dy[i].y, half ? u[i].w : u[i].y, dz.z, dz.w, x.z, x.w, one.z, one.w);
+      }
     }
-    return make_uint4(out[0].x, out[0].y, out[1].x, out[1].y);
+  }
+
+ private:  // on pairs
+  static __device__ void gate(uint32_t& dy, uint32_t u, float scale0, float scale1, float shift0,
+                              float shift1) {
+    if (!relu_gate(fmaf(scale0, Half<T>::low(u), shift0))) dy &= 0xffff0000u;
+    if (!relu_gate(fmaf(scale1, Half<T>::high(u), shift1))) dy &= 0xffffu;
+  }
+  static __device__ void finish(uint32_t& dy, uint32_t u, float dz0, float dz1, float x0, float x1,
+                                float one0, float one1) {
+    dy = Half<T>::pack(fmaf(dz0, Half<T>::low(dy), fmaf(x0, Half<T>::low(u), one0)),
+                       fmaf(dz1, Half<T>::high(dy), fmaf(x1, Half<T>::high(u), one1)));
   }
 };
 
@@ -105,7 +122,7 @@ __device__ void put_coefficients(const typename Prologue::Params& p, uint32_t ar
                                  int thread) {
   if constexpr (Prologue::kVectors > 0) {
     if (thread >= kChannels / 4) return;
-    const int chunk = thread / 2, half = thread % 2;
+    const int chunk = thread % (kChannels / 8), half = thread / (kChannels / 8);
     float4 v[Prologue::kVectors];
     Prologue::gather(p, min(first + 8 * chunk, C - 8) + 4 * half, v);
 #pragma unroll
@@ -229,9 +246,17 @@ struct RingSource {
   __device__ void transform(const Params& p, uint32_t coefficients) {
     if constexpr (Prologue::kTransforms) {
 #pragma unroll 1
-      for (; transforming.pixel < landed; transforming.next(p)) {
-        const uint32_t at = own + transforming.place(p);
-        store_shared(at, Prologue::apply(p.prologue2, coefficients, load_shared(at), {}, 0));
+      while (transforming.pixel < landed) {
+        const uint32_t first = own + transforming.place(p);
+        transforming.next(p);
+        const bool two = transforming.pixel < landed;
+        const uint32_t second = two ? own + transforming.place(p) : first;
+        uint4 x[2] = {load_shared(first), load_shared(second)};
+        Prologue::apply(coefficients, x);
+        store_shared(first, x[0]);
+        if (!two) break;
+        store_shared(second, x[1]);
+        transforming.next(p);
       }
       landed = copied;
     }
@@ -409,20 +434,25 @@ struct TapsKernel {
  private:
   using Accumulators = float[kSegments][kSegmentTaps][S::kFragments][4];
 
-  // As DownRows has it, but one chunk at a time: no register holds what the next one needs too.
   static __device__ void transform_dy(const Params& p, uint32_t own, uint32_t slot, int k, int end,
                                       int thread) {
     if constexpr (Dy::kTransforms) {
       const int row = TileDy::row(thread, 0), chunk = TileDy::chunk(thread);
-      uint32_t at = slot + TileDy::own(thread, 0);
-      uint32_t word = slot + BytesDy::kMask + (chunk / 4 * BytesDy::kPanelWords + row) * 4 + chunk % 4;
-#pragma unroll 1
-      for (int m = k + row; m < min(k + S::kPixels, end); m += TileDy::kStep) {
-        const uint32_t bits = Dy::mask(p.prologue) ? load_shared_byte(word) : 0;
-        store_shared(at,
-                     Dy::apply(p.prologue, own, load_shared(at), load_shared(at + BytesDy::kSecond), bits));
-        at += TileDy::kStep * TileDy::kRowBytes;
-        word += TileDy::kStep * 4;
+      const uint32_t at = slot + TileDy::own(thread, 0);
+      const uint32_t word = slot + BytesDy::kMask + (chunk / 4 * BytesDy::kPanelWords + row) * 4 + chunk % 4;
+      uint4 dy[TileDy::kCount], u[TileDy::kCount];
+      uint32_t bits[TileDy::kCount] = {};
+#pragma unroll
+      for (int i = 0; i < TileDy::kCount; ++i) {
+        dy[i] = load_shared(at + i * TileDy::kStep * TileDy::kRowBytes);
+        u[i] = load_shared(at + i * TileDy::kStep * TileDy::kRowBytes + BytesDy::kSecond);
+        if (Dy::mask(p.prologue)) bits[i] = load_shared_byte(word + i * TileDy::kStep * 4);
+      }
+      Dy::apply(p.prologue, own, dy, u, bits);
+#pragma unroll
+      for (int i = 0; i < TileDy::kCount; ++i) {
+        if (k + row + i * TileDy::kStep < end)
+          store_shared(at + i * TileDy::kStep * TileDy::kRowBytes, dy[i]);
       }
     }
   }
