@@ -89,6 +89,15 @@ def _moved(value: Any, where: str) -> Any:
     return value
 
 
+def on_gpus(count: int) -> Callable[[Any], Any]:
+    """Decorator of a test that needs so many GPUs: elsewhere there is no such test."""
+
+    def keep(test: Any) -> Any:
+        return pytest.mark.cuda(test) if torch.cuda.device_count() >= count else None
+
+    return keep
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Device:
     return Device(request.param)
