@@ -174,8 +174,8 @@ def _step(step: _Step) -> Step:
 def run(steps: Iterable[Step], device: int | None) -> None:
     """Launches the steps on the current stream of a GPU; None: on what takes CUDA's place, within `launcher`.
 
-    Nothing is checked: the addresses that were planned for must hold what the problem says. Raises RuntimeError with the
-    kernel's name if a launch fails.
+    Nothing is checked: the addresses that were planned for must hold what the problem says. Raises RuntimeError with
+    the kernel's name if a launch fails.
     """
     for step in steps:
         params = ctypes.create_string_buffer(step.params, len(step.params))
