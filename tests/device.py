@@ -55,7 +55,7 @@ class Device:
     @contextmanager
     def _kernels(self, seed: int) -> Iterator[None]:
         if self.name == "cuda":
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 yield
         elif self.name == "emulated":
             emulator = _emulator()

@@ -54,7 +54,7 @@ def deterministic(test: Callable[[], None]) -> Callable[[], None]:
     """cuDNN's 3x3 convolutions too."""
 
     def run() -> None:
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
             test()
 
     run.__name__ = test.__name__
