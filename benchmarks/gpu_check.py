@@ -100,32 +100,21 @@ class Check:
         command += ["--compile"] * self.compile
         done = self.run(command, seconds, environment)
         written = json.loads(out.read_text()) if out.exists() else {"summary": "", "rows": []}
-        return {**_outcome(done), **written, **({} if done.code == 0 else {"output": done.output[-4000:]})}
+        outcome = _outcome(done)
+        return outcome | {"rows": written["rows"], "summary": written["summary"] or outcome["summary"]}
 
     def tests(self, seconds: float) -> Result:
         report = self.folder / "tests.xml"
         files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if _has_devices(path.read_text())]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            WORKERS,
-            "-m",
-            "cuda and not slow",
-            f"--junitxml={report}",
-        ]
-        done = self.run([*command, *files], seconds, {})
+        chosen = ["-m", "cuda and not slow", f"--junitxml={report}"]
+        done = self.run([sys.executable, "-m", "pytest", "-q", "-n", WORKERS, *chosen, *files], seconds, {})
         result = {**_outcome(done), "rows": []}
         if report.exists():
             cases = list(ElementTree.parse(report).iter("testcase"))
             bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
             result["rows"] = [{"test": f"{case.get('classname')}::{case.get('name')}"} for case in bad]
             result["summary"] = f"{len(cases) - len(bad)} of {len(cases)} passed"
-        else:
-            result["summary"] = done.last_line
-        return result if done.code == 0 else {**result, "output": done.output[-4000:]}
+        return result
 
     def sanitize(self, tool: str, seconds: float) -> Result:
         if self.sanitizer is None:
@@ -142,9 +131,11 @@ class Check:
 
 
 def _outcome(done: Finished) -> Result:
-    if done.code is None:
-        return {"status": "timeout", "summary": "killed when its time was over"}
-    return {"status": "ok"} if done.code == 0 else {"status": "failed", "summary": done.last_line}
+    """A section's status, a line about it and, unless all was well, the end of what it has printed."""
+    if done.code == 0:
+        return {"status": "ok", "summary": ""}
+    status, summary = ("timeout", "killed when its time was over") if done.code is None else ("failed", done.last_line)
+    return {"status": status, "summary": summary, "output": done.output[-4000:]}
 
 
 def _has_devices(test: str) -> bool:
@@ -177,7 +168,12 @@ def run_sections(check: Check, save: Callable[[], None]) -> None:
                 result = work(check, seconds)
             except Exception as error:
                 result = {"status": "failed", "summary": f"{type(error).__name__}: {error}"}
-        check.sections[name] = {"seconds": round(check.clock() - start, 1), "allowed": seconds, "rows": [], **result}
+        check.sections[name] = {
+            "seconds": round(check.clock() - start, 1),
+            "allowed": round(seconds, 1),
+            "rows": [],
+            **result,
+        }
         save()
 
 
@@ -216,7 +212,7 @@ def machine() -> Result:
             "gpu": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "gpus": torch.cuda.device_count(),
             "multiprocessors": gpu.multi_processor_count, "memory": gpu.total_memory, "l2": gpu.L2_cache_size,
             # What the memory can move: two transfers a cycle of a clock in kHz.
-            "peak_gbs": 2 * gpu.memory_clock_rate * gpu.memory_bus_width / 8 / 1e6,
+            "peak_gbs": 2 * getattr(gpu, "memory_clock_rate", 0) * getattr(gpu, "memory_bus_width", 0) / 8 / 1e6,
         }  # fmt: skip
     return found
 
@@ -253,15 +249,9 @@ def table_rows(sections: Mapping[str, Result], peak_gbs: float = 0) -> list[tupl
             ]
         elif name == "tiles":
             worse = sorted((row for row in section["rows"] if row["ratio"] >= 1.05), key=lambda row: -row["ratio"])
-            rows += [
-                (
-                    "",
-                    f"{row['kernel']} {row['problem']}",
-                    f"{row['fastest']} is {row['ratio']:.2f}x of {row['plan']}",
-                    "",
-                )
-                for row in worse[:10]
-            ]
+            for row in worse[:10]:
+                what = f"{row['kernel']} {row['problem']}"
+                rows.append(("", what, f"{row['fastest']} is {row['ratio']:.2f}x of {row['plan']}", ""))
         else:
             rows += [("", *found, "") for found in map(_finding, section["rows"][:10]) if found]
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -447,6 +448,20 @@ def test_static_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "sources", lambda: ["good.cu", "bad.cu"])
     assert not gpu_work.static_checks(log, Budget(60), "sm_90")
     assert log.rows == [{"kernel": "bad", "arch": "sm_90", "faults": ["8 bytes of spills"]}]
+
+
+def test_static_checks_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not compiled was not checked."""
+    done = threading.Event()
+    monkeypatch.setattr(
+        kernels, "compile_source", lambda source, arch: [] if source == "fine.cu" else done.wait(60) or []
+    )
+    monkeypatch.setattr(kernels, "sources", lambda: ["fine.cu", "slow.cu"])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    log = Log(tmp_path / "rows.json")
+    assert not gpu_work.static_checks(log, Budget(0.5), "sm_90")
+    done.set()
+    assert log.rows == [{"kernel": "slow.cu", "arch": "sm_90", "faults": ["not compiled in time"]}]
 
 
 class FakeEvent:
