@@ -159,7 +159,9 @@ def test_commands(tmp_path: Path) -> None:
     tests = machine.commands["tests"]
     assert "cuda and not slow" in tests
     assert str(ROOT / "tests/test_conv1x1.py") in tests
+    assert str(ROOT / "tests/test_streams.py") in tests
     assert str(ROOT / "tests/test_ptx_faults.py") not in tests
+    assert str(ROOT / "tests/test_large_tensors.py") not in tests
     memcheck, racecheck = machine.commands["memcheck"], machine.commands["racecheck"]
     assert memcheck[:3] == ["/opt/compute-sanitizer", "--tool", "memcheck"]
     assert racecheck[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]

@@ -15,7 +15,9 @@ from pathlib import Path
 import gemm_cases
 import pytest
 import torch
+from device import Device
 from gemm_cases import GEMMS, PIXELS_TILES, Gemm
+from op_cases import activation
 from ptx import Module, compilers
 from torch import Tensor
 
@@ -323,3 +325,20 @@ def test_strides_beyond_the_image() -> None:
             plan = gemm.plan({**problem, **sides})
             at = 56 if gemm.tiles != PIXELS_TILES else 32  # of PixelMap in RowsParams, PixelsParams
             assert struct.unpack_from("<3i", plan.steps[0].params, at) == (7, 5, 7), gemm
+
+
+def test_ops_with_strides_beyond_the_image() -> None:
+    """Of every image the first pixel, or window, on the kernels as on the CPU."""
+    torch.manual_seed(0)
+    device, ops = Device("emulated"), torch.ops.resnet_fused
+    x = activation(3, 8, 5, 7, torch.bfloat16)
+    scale, shift, weight = torch.randn(8), torch.randn(8), torch.randn(8, 8, 1, 1).bfloat16()
+    for stride in (9, 2**32, 2**32 + 1):
+        for op, *arguments in (
+            (ops.bn_act_pool, x, scale, shift, 3, stride, 1),
+            (ops.gram_operand, x, scale, shift, True, torch.zeros(8), stride),
+            (ops.conv1x1, x, weight, None, None, stride, False),
+        ):
+            got, want = device.run(op, *arguments), op(*arguments)
+            assert got[0].shape == (3, 8, 1, 1)
+            torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=2e-2)
