@@ -34,7 +34,8 @@ struct Fault {
   uint64_t address = 0;
 };
 
-// Zeros that take memory only where they are touched: the shadow of a buffer may be larger than the machine's.
+// Zeros that take memory only where they are touched: the shadow of a buffer may be larger than the
+// machine's.
 template <class T>
 class Zeros {
  public:

@@ -188,8 +188,8 @@ void Cta::run() {
 
 Counters launch(Grid& grid) {
   const std::vector<uint32_t>& chosen = grid.options.ctas;
-  const uint32_t ctas = chosen.empty() ? grid.grid[0] * grid.grid[1] * grid.grid[2]
-                                       : static_cast<uint32_t>(chosen.size());
+  const uint32_t ctas =
+      chosen.empty() ? grid.grid[0] * grid.grid[1] * grid.grid[2] : static_cast<uint32_t>(chosen.size());
   const int threads =
       static_cast<int>(std::min<uint32_t>(std::max(grid.options.threads, 1), std::max(ctas, 1u)));
   std::atomic<uint32_t> next{0};
