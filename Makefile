@@ -13,9 +13,9 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -nam
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo test lint format bench wheel ptx clean
+.PHONY: help setup demo test lint format bench gpu-check wheel ptx clean
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
 # Two stamps: what pip installs, and the extension, built in place and incrementally.
 $(VENV)/.installed: pyproject.toml
@@ -51,6 +51,9 @@ format: $(VENV)/.installed  ## rewrites the sources as `make lint` wants them
 
 bench: $(EXT)  ## the benchmarks
 	$(PY) -m pytest benchmarks -m "not slow" --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+
+gpu-check: $(EXT)  ## everything that only a GPU can show, in ten minutes: results/gpu-check-<gpu>.json
+	$(PY) -m benchmarks.gpu_check
 
 wheel: $(VENV)/.installed  ## a CUDA and a CPU-only wheel into dist/, each installed in a clean environment and run
 	bash tools/wheels.sh "$(ARCHES)"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_LEFT = ("unit", "kind", "plan", "where", "result")  # columns of words; the others hold figures
+_LEFT = ("unit", "kind", "plan", "where", "what", "result")  # columns of words; the others hold figures
 
 
 def make_console() -> Console:

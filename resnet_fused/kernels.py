@@ -98,6 +98,23 @@ class Kernel:
                 counts[name, next((_WIDTHS[s] for s in suffixes if s in _WIDTHS), 4)] += count
         return counts
 
+    @property
+    def faults(self) -> list[str]:
+        """What no kernel may have: spills, local memory, accesses to an unknown space, float64 arithmetic, atomics."""
+        names = {opcode.split(".")[0] for opcode in self.opcodes}
+        found = {
+            f"{self.stack} bytes of stack": self.stack > 0,
+            f"{self.spills} bytes of spills": self.spills > 0,
+            "local memory": bool(names & {"LDL", "STL"}),
+            "accesses to an unknown space": bool(names & {"LD", "ST"}),
+            "float64 arithmetic": bool(names & {"DADD", "DMUL", "DFMA", "DSETP"}),
+            "atomics": any(re.fullmatch(r"(ATOM|RED)[GS]?", name) for name in names),
+            # With 128 accumulators a thread matrix kernels may use all that there are.
+            f"{self.registers} registers": self.registers >= 255 and not self.loops,
+            "no code that could be read": "EXIT" not in names,
+        }
+        return [fault for fault, is_there in found.items() if is_there]
+
     def blocks(self, smem: int = 0) -> int:
         """Blocks of `threads` that a multiprocessor holds; `smem` is dynamic shared memory.
 

@@ -9,7 +9,7 @@ The plans are host code: they need neither a GPU nor a CUDA build. `csrc/<op>/<o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import c_char, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 from . import _C
 
 _library = ctypes.CDLL(_C.__file__)
+_library.resnet_fused_launch.restype = ctypes.c_char_p
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/common/dtype.h
 
 
@@ -168,6 +169,22 @@ def _step(step: _Step) -> Step:
         smem=step.smem,
         params=bytes(step.params)[: step.params_size],
     )
+
+
+def run(steps: Iterable[Step], device: int | None) -> None:
+    """Launches the steps on the current stream of a GPU; None: on what takes CUDA's place, within `launcher`.
+
+    Nothing is checked: the addresses that were planned for must hold what the problem says. Raises RuntimeError with
+    the kernel's name if a launch fails.
+    """
+    for step in steps:
+        params = ctypes.create_string_buffer(step.params, len(step.params))
+        launch = Launch(
+            step.symbol.encode(), step.grid, step.block, step.smem, ctypes.addressof(params), len(step.params)
+        )
+        message = _library.resnet_fused_launch(ctypes.byref(launch), -1 if device is None else device)
+        if message:
+            raise RuntimeError(message.decode())
 
 
 def has_cuda() -> bool:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,10 +32,19 @@ TENSORS = ("weight", "bias", "gamma", "beta", "running_mean", "running_var", "nu
 TRAINABLE = ("weight", "bias", "gamma", "beta")
 
 Observed = dict[str, Tensor]
+_NONE = SimpleNamespace(params={})
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores: threads of several would wait for each other
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs on a GPU: `make gpu-check` chooses by it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "cuda" in getattr(item, "callspec", _NONE).params.values():
+            item.add_marker("cuda")
 
 
 @pytest.fixture(autouse=True)

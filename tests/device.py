@@ -70,7 +70,7 @@ class Device:
     @contextmanager
     def _kernels(self, seed: int) -> Iterator[None]:
         if self.name == "cuda":
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 yield
         elif self.name == "emulated":
             emulator = _emulator()
@@ -102,6 +102,15 @@ def _moved(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return {key: _moved(v, where) for key, v in value.items()}
     return value
+
+
+def on_gpus(count: int) -> Callable[[Any], Any]:
+    """Decorator of a test that needs so many GPUs: elsewhere there is no such test."""
+
+    def keep(test: Any) -> Any:
+        return pytest.mark.cuda(test) if torch.cuda.device_count() >= count else None
+
+    return keep
 
 
 @pytest.fixture(params=DEVICES)

@@ -99,13 +99,16 @@ class Gemm:
     def _layout(self, name: str) -> str:
         return dict(entry.split(":") for entry in _LAYOUTS[self.op].split())[name]
 
-    def _tensor(self, name: str, problem: Mapping[str, Any]) -> Tensor:
+    def shape(self, name: str, problem: Mapping[str, Any]) -> list[int]:
+        """Of a buffer; of a mask, that of the matrix whose bits it has."""
         n, h, w = problem["N"], problem["H"], problem["W"]
         sizes = {"C": problem["C"], "K": problem.get("K", 0), "D": problem.get("C2", 0), "p": n * h * w}
         sizes |= {"P": n * h * w, "Q": n * problem.get("H2", 0) * problem.get("W2", 0)}
         sizes["s"] = n * -(-h // self.stride) * -(-w // self.stride)
-        layout = self._layout(name)
-        shape = [sizes[letter] for letter in layout.strip("#.")]
+        return [sizes[letter] for letter in self._layout(name).strip("#.")]
+
+    def _tensor(self, name: str, problem: Mapping[str, Any]) -> Tensor:
+        layout, shape = self._layout(name), self.shape(name, problem)
         if layout[0] == "#":
             return torch.randint(-(2**31), 2**31, (-(-shape[1] // 32), shape[0]), dtype=torch.int32)
         wide = len(shape) == 1 or layout[0] == "."

@@ -5,6 +5,7 @@ The matrix kernels run in the tests of their ops and in test_gemm_traffic.py; he
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import struct
@@ -269,6 +270,29 @@ def test_launcher_errors_come_through() -> None:
     with pytest.raises(ZeroDivisionError, match="bn_stats_f16_v8"), plans.launcher(refuse):
         ops.bn_stats(x)
     assert ops.bn_stats(x)[0].isfinite().all()  # the CPU's own again
+
+
+def test_steps_run_by_themselves() -> None:
+    """As the op launches them; what fails has its name."""
+    x = activation((2, 6, 6, 24), torch.float16)
+    steps = plans.plan("bn_stats", matrix(x)).steps
+    seen = []
+
+    def record(launch: plans.Launch) -> None:
+        params = ctypes.string_at(launch.params, launch.params_size)
+        seen.append((launch.symbol.decode(), tuple(launch.grid), tuple(launch.block), launch.smem, params))
+
+    with plans.launcher(record):
+        plans.run(steps, None)
+    assert seen == [(s.symbol, s.grid, s.block, s.smem, s.params) for s in steps]
+
+    def refuse(launch: plans.Launch) -> None:
+        raise ZeroDivisionError(launch.symbol.decode())
+
+    with pytest.raises(ZeroDivisionError, match="bn_stats_f16_v8"), plans.launcher(refuse):
+        plans.run(steps, None)
+    with pytest.raises(RuntimeError, match=r"cudaGetDevice|without CUDA"):
+        plans.run(steps, 0)
 
 
 def test_float64_stays_on_the_cpu() -> None:

@@ -21,7 +21,10 @@ PoolShape check_pool(const Checks& check, int64_t n, int64_t c, int64_t h, int64
 }
 
 Window window(const PoolShape& s) {
-  return {static_cast<int32_t>(s.kernel), static_cast<int32_t>(s.stride), static_cast<int32_t>(s.padding)};
+  const int64_t most = std::min<int64_t>(std::max(s.h, s.w) + 2 * s.padding, INT32_MAX);
+  return {static_cast<int32_t>(s.kernel),
+          static_cast<int32_t>(std::min(s.stride, most)),  // a larger one has the same windows
+          static_cast<int32_t>(s.padding)};
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
 #include "common/launch.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 
 #ifdef RESNET_FUSED_CUDA
 #include <cuda_runtime_api.h>
@@ -24,13 +27,29 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Lets a kernel have more than 48 KB of shared memory on the current device. The limit only grows: a kernel
+// whose launches differ in size would else lose its own to another thread's, between setting it and the
+// launch.
+cudaError_t allow_shared_memory(const void* function, uint32_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, uint32_t> allowed;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  uint32_t& most = allowed[{device, function}];
+  if (bytes <= most) return cudaSuccess;
+  const auto limit = static_cast<int>(bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 int launch_on_cuda(const Launch* launch, void* stream) {
   const auto found = kernels().find(launch->symbol);
   if (found == kernels().end()) return cudaErrorInvalidDeviceFunction;
   if (launch->smem > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(found->second, cudaFuncAttributeMaxDynamicSharedMemorySize, launch->smem);
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = allow_shared_memory(found->second, launch->smem)) return error;
   }
   void* arguments[] = {const_cast<void*>(launch->params)};
   const dim3 grid(launch->grid[0], launch->grid[1], launch->grid[2]);
@@ -87,20 +106,24 @@ std::string describe(int error) { return "error " + std::to_string(error); }
 
 Launcher launcher = launch_on_cuda;
 
+void start(const Launch& launch, void* stream) {
+  if (const int error = launcher(&launch, stream)) {
+    throw std::runtime_error(
+        "resnet_fused: kernel " + std::string(launch.symbol) + ": " +
+        (launcher_replaced() ? "the launcher returned " + std::to_string(error) : describe(error)));
+  }
+}
+
 void run_steps(const Plan& plan, void* stream) {
   for (int i = 0; i < plan.count; ++i) {
     const Step& s = plan.steps[i];
-    const Launch launch{s.symbol,
-                        {s.grid[0], s.grid[1], s.grid[2]},
-                        {s.block[0], s.block[1], s.block[2]},
-                        s.smem,
-                        s.params,
-                        s.params_size};
-    if (const int error = launcher(&launch, stream)) {
-      throw std::runtime_error(
-          "resnet_fused: kernel " + std::string(s.symbol) + ": " +
-          (launcher_replaced() ? "the launcher returned " + std::to_string(error) : describe(error)));
-    }
+    start({s.symbol,
+           {s.grid[0], s.grid[1], s.grid[2]},
+           {s.block[0], s.block[1], s.block[2]},
+           s.smem,
+           s.params,
+           s.params_size},
+          stream);
   }
 }
 
@@ -136,6 +159,22 @@ void run(const Plan& plan, int device) {
 
 void resnet_fused_set_launcher(resnet_fused::Launcher replacement) {
   resnet_fused::launcher = replacement ? replacement : resnet_fused::launch_on_cuda;
+}
+
+const char* resnet_fused_launch(const resnet_fused::Launch* launch, int device) {
+  static thread_local std::string message;
+  try {
+    if (device == resnet_fused::kHost) {
+      resnet_fused::start(*launch, nullptr);
+    } else {
+      const resnet_fused::DeviceGuard guard(device);
+      resnet_fused::start(*launch, resnet_fused::current_stream(device));
+    }
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
 }
 
 int resnet_fused_has_cuda() {

@@ -42,6 +42,9 @@ void run(const Plan& plan, int device);
 extern "C" {
 // Replaces the launcher; nullptr brings CUDA's back.
 __attribute__((visibility("default"))) void resnet_fused_set_launcher(resnet_fused::Launcher launcher);
+// One launch on the device's current stream, for tools that run plans of their own; null, or what went wrong.
+__attribute__((visibility("default"))) const char* resnet_fused_launch(const resnet_fused::Launch* launch,
+                                                                       int device);
 // 1 if the extension was built with CUDA kernels.
 __attribute__((visibility("default"))) int resnet_fused_has_cuda();
 }

@@ -66,6 +66,10 @@ RowGrid row_grid(int64_t M, int64_t C, int64_t max_partials) {
 }
 
 Step& append(Plan& plan, const char* source, const char* symbol, int64_t grid_x, int64_t grid_y, int warps) {
+  if (grid_x > INT32_MAX || grid_y > 65535) {
+    refuse(plan, "%s: the grid would be %lld x %lld blocks, more than CUDA takes", symbol,
+           static_cast<long long>(grid_x), static_cast<long long>(grid_y));
+  }
   Step& step = plan.steps[plan.count++];
   std::snprintf(step.symbol, sizeof(step.symbol), "%s", symbol);
   std::snprintf(step.source, sizeof(step.source), "%s", source);

@@ -40,6 +40,7 @@ Divider make_divider(int64_t divisor) {
 }
 
 PixelMap make_map(int64_t H, int64_t W, int64_t stride) {
+  stride = std::min(stride, std::max({H, W, int64_t{1}}));  // a larger one reads the same pixels
   return {static_cast<int32_t>(stride),      static_cast<int32_t>(H),           static_cast<int32_t>(W),
           make_divider(ceil_div(H, stride)), make_divider(ceil_div(W, stride)), 0};
 }

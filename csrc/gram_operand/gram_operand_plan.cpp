@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common/planning.h"
 #include "gram_operand/gram_operand.h"
 
@@ -7,9 +9,10 @@ Plan plan_gram_operand(const GramOperandProblem& q, int arch) {
   Plan plan{};
   const int64_t M = q.N * ceil_div(q.H, q.stride) * ceil_div(q.W, q.stride);
   if (!check_common(plan, "gram_operand", q.dtype, M, q.C, arch)) return plan;
-  if (q.stride > 1 && M > INT32_MAX) {
-    return refuse(plan, "gram_operand: %lld pixels; with a stride the kernel takes 2^31-1",
-                  static_cast<long long>(M)),
+  const int64_t longest = std::max({q.H, q.W, int64_t{1}});
+  if (q.stride > 1 && std::max(M, longest) > INT32_MAX) {
+    return refuse(plan, "gram_operand: %lld pixels of %lld x %lld; with a stride the kernel takes 2^31-1",
+                  static_cast<long long>(M), static_cast<long long>(q.H), static_cast<long long>(q.W)),
            plan;
   }
   const RowGrid grid = row_grid(M, q.C, kMaxPartials);
@@ -24,7 +27,7 @@ Plan plan_gram_operand(const GramOperandProblem& q, int arch) {
                                    q.workspace,
                                    grid.rows(M, q.C),
                                    q.relu,
-                                   static_cast<int32_t>(q.stride),
+                                   static_cast<int32_t>(std::min(q.stride, longest)),
                                    static_cast<int32_t>(q.H),
                                    static_cast<int32_t>(q.W)};
     const Variant variant = choose_variant(q.dtype, q.C, {q.x, q.a});

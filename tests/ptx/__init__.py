@@ -145,13 +145,15 @@ class Module:
         check_uninitialized: bool = True,
         threads: int | None = None,
         max_instructions: int = 1 << 27,
+        ctas: Sequence[int] = (),
     ) -> Stats:
         """Runs the whole grid on host memory; raises Fault at the first thing that goes wrong.
 
         args: CPU tensors (their pointers), numbers, None (a null pointer) and bytes (a by-value struct). Fewer than the
         kernel has are filled up with zeros. The kernel may touch the bytes of the tensors among args, outputs and
         buffers, and nothing else; a buffer may also be (address, bytes). What is in `outputs` must be written in full.
-        seed: of the order in which warps run. smem: dynamic shared memory in bytes.
+        seed: of the order in which warps run. smem: dynamic shared memory in bytes. ctas: only these blocks, by their
+        number x + grid[0] * (y + grid[1] * z): for grids too large to be run as a whole.
         """
         grid, block = _three(grid), _three(block)
         self._check_limits(symbol, block, smem)
@@ -182,6 +184,7 @@ class Module:
             check_uninitialized,
             threads or os.cpu_count() or 1,
             max_instructions,
+            list(ctas),
         )
         if fault is not None:
             raise Fault(**fault)

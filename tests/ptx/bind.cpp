@@ -47,7 +47,7 @@ py::dict counters(const ptx::Grid& grid, const ptx::Counters& c) {
   for (const auto& b : grid.memory.buffers()) {
     uint64_t read = 0, written = 0;
     for (const auto& s : b->sectors) read += s & 1, written += s >> 1 & 1;
-    if (!b->sectors.empty()) buffers[py::str(b->name)] = py::make_tuple(read, written);
+    if (b->sectors) buffers[py::str(b->name)] = py::make_tuple(read, written);
   }
   d["buffers"] = buffers;
   std::map<std::string, uint64_t> categories;
@@ -66,9 +66,9 @@ py::dict counters(const ptx::Grid& grid, const ptx::Counters& c) {
 py::object launch(ptx::Module& module, const std::string& symbol, std::array<uint32_t, 3> grid_size,
                   std::array<uint32_t, 3> block, uint32_t smem, py::bytes params,
                   const std::vector<BufferSpec>& buffers, uint64_t seed, bool race_check, bool uninitialized,
-                  int threads, uint64_t limit) {
+                  int threads, uint64_t limit, const std::vector<uint32_t>& ctas) {
   const std::string packed = params;
-  ptx::Options options{seed, race_check, uninitialized, threads, limit};
+  ptx::Options options{seed, race_check, uninitialized, threads, limit, ctas};
   const ptx::Kernel& kernel = module.kernel(symbol);
   ptx::Grid grid{kernel, grid_size, block, smem, {packed.begin(), packed.end()}, options, {}, {}};
   bool must_write = false;

@@ -53,10 +53,10 @@ Buffer* GlobalMemory::find(uintptr_t address, int bytes, size_t& hint) {
 
 bool GlobalMemory::touch(Buffer& b, uintptr_t address, int bytes, Access access, uint32_t cta) const {
   std::call_once(b.made, [&] {
-    b.sectors = std::vector<std::atomic<uint8_t>>((b.end - 1) / kSector - b.begin / kSector + 1);
+    b.sectors.resize((b.end - 1) / kSector - b.begin / kSector + 1);
     if (!track_bytes_) return;
-    b.writer = std::make_unique<std::atomic<uint32_t>[]>(b.end - b.begin);
-    b.reader = std::make_unique<std::atomic<uint32_t>[]>(b.end - b.begin);
+    b.writer.resize(b.end - b.begin);
+    b.reader.resize(b.end - b.begin);
   });
   const uint8_t mark = access == Access::read ? 1 : access == Access::write ? 2 : 3;
   for (uintptr_t s = address / kSector; s <= (address + bytes - 1) / kSector; ++s) {

@@ -5,8 +5,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -32,13 +34,37 @@ struct Fault {
   uint64_t address = 0;
 };
 
+// Zeros that take memory only where they are touched: the shadow of a buffer may be larger than the
+// machine's.
+template <class T>
+class Zeros {
+ public:
+  void resize(size_t n) {
+    data_.reset(static_cast<T*>(std::calloc(n, sizeof(T))));
+    if (!data_) throw std::bad_alloc();
+    size_ = n;
+  }
+  explicit operator bool() const { return data_ != nullptr; }
+  T& operator[](size_t i) { return data_.get()[i]; }
+  const T& operator[](size_t i) const { return data_.get()[i]; }
+  const T* begin() const { return data_.get(); }
+  const T* end() const { return data_.get() + size_; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
 struct Buffer {
   uintptr_t begin, end;
   std::string name;
   bool read_only = false;
   // Made at the first access: most of what a process has allocated is never touched by a kernel.
-  std::vector<std::atomic<uint8_t>> sectors;                // bit 0: read, bit 1: written
-  std::unique_ptr<std::atomic<uint32_t>[]> writer, reader;  // per byte: 0, CTA + 1, or kMany
+  Zeros<std::atomic<uint8_t>> sectors;          // bit 0: read, bit 1: written
+  Zeros<std::atomic<uint32_t>> writer, reader;  // per byte: 0, CTA + 1, or kMany
   std::once_flag made;
   Buffer(uintptr_t begin, uintptr_t end, std::string name);
 };

@@ -187,7 +187,9 @@ void Cta::run() {
 }
 
 Counters launch(Grid& grid) {
-  const uint32_t ctas = grid.grid[0] * grid.grid[1] * grid.grid[2];
+  const std::vector<uint32_t>& chosen = grid.options.ctas;
+  const uint32_t ctas =
+      chosen.empty() ? grid.grid[0] * grid.grid[1] * grid.grid[2] : static_cast<uint32_t>(chosen.size());
   const int threads =
       static_cast<int>(std::min<uint32_t>(std::max(grid.options.threads, 1), std::max(ctas, 1u)));
   std::atomic<uint32_t> next{0};
@@ -199,7 +201,7 @@ Counters launch(Grid& grid) {
   auto work = [&] {
     for (uint32_t id; !stop && (id = next++) < ctas;) {
       try {
-        Cta cta(grid, id);
+        Cta cta(grid, chosen.empty() ? id : chosen[id]);
         cta.run();
         std::lock_guard<std::mutex> lock(mutex);
         total.add(cta.counters);

@@ -1,0 +1,383 @@
+"""What `gpu_check.py` has done on the GPU, each section in a process of its own: a fault or a hang costs one of them.
+
+    python -m benchmarks.gpu_work SECTION --out FILE --seconds N
+
+FILE is JSON, and complete after every row, so that what a killed process has done is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fused as rf
+from benchmarks.problems import Problem, capturing, name_of_kernel, name_of_tile
+from benchmarks.shapes import BLOCKS, BlockShape
+from resnet_fused import kernels, plans
+from resnet_fused.plans import Plan
+from resnet_fused.recorder import recording
+from resnet_fused.traffic import Bytes, block_bytes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Part = Callable[[], object]
+BOTTLENECKS = tuple(shape for shape in BLOCKS if shape.kind == "bottleneck")
+ROUNDS = 15
+TILE_ROUNDS = 7
+
+
+@dataclass
+class Budget:
+    """Seconds that a section has."""
+
+    seconds: float
+    clock: Callable[[], float] = time.monotonic
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (self.clock() - self.started)
+
+
+class Log:
+    """A section's rows, in a file that is complete after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows, self.summary = path, [], ""
+        self._write()
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        self._write()
+
+    def finish(self, summary: str) -> None:
+        self.summary = summary
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"summary": self.summary, "rows": self.rows}))
+        partial.replace(self.path)
+
+
+# ------------------------------------------------------------------------------------------------------ timing
+
+
+class Times(NamedTuple):
+    milliseconds: list[float]  # of each part
+    ahead: bool  # whether the host had queued everything before the GPU began: else its own time is in there
+
+
+class CudaTimer:
+    """GPU time of calls, each with a cold L2.
+
+    The GPU spins while the host queues what is timed, so that events see the GPU's own time and not how fast Python
+    launches. How long it has to spin is found out: if the GPU was faster, twice as long.
+    """
+
+    MOST_CYCLES = 1 << 28  # about 0.15 s
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(2 * max(cache, 32 << 20), dtype=torch.int8, device="cuda")
+        self._cycles = 1 << 21
+
+    def __call__(self, parts: Sequence[Part]) -> Times:
+        while True:
+            spans = [(self._mark(), self._mark()) for _ in parts]
+            torch.cuda.synchronize()
+            torch.cuda._sleep(self._cycles)
+            for part, (begin, end) in zip(parts, spans, strict=True):
+                self._flush.zero_()
+                begin.record()
+                part()
+                end.record()
+            ahead = not spans[0][0].query()
+            torch.cuda.synchronize()
+            if ahead or self._cycles >= self.MOST_CYCLES:
+                return Times([begin.elapsed_time(end) for begin, end in spans], ahead)
+            self._cycles *= 2
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+
+def interleaved(
+    calls: dict[str, Sequence[Part]], timer: Callable[[Sequence[Part]], Times], rounds: int, budget: Budget
+) -> dict[str, tuple[list[float], int, bool]]:
+    """By name: the median of each part, how many rounds that is of, and whether the host was always ahead.
+
+    The calls take turns, every other round backwards; at least one round, and no other when the budget is used up.
+    """
+    for parts in calls.values():  # warm up: compile, choose algorithms, fill the allocator
+        for _ in range(3):
+            timer(parts)
+    seen: dict[str, list[Times]] = {name: [] for name in calls}
+    order = list(calls)
+    for round_ in range(rounds):
+        if round_ and budget.left <= 0:
+            break
+        for name in order:
+            seen[name].append(timer(calls[name]))
+        order.reverse()
+    return {
+        name: (
+            [median(part) for part in zip(*(t.milliseconds for t in times), strict=True)],
+            len(times),
+            all(t.ahead for t in times),
+        )
+        for name, times in seen.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ blocks
+
+
+class Step:
+    """Forward and backward of one block, as two calls."""
+
+    def __init__(self, block: nn.Module, x: Tensor, compiled: bool = False) -> None:
+        self.block, self.x = block, x
+        self._run = torch.compile(block) if compiled else block
+        self._leaves = [x, *block.parameters()]
+        self._y: Tensor | None = None
+        self._dy: Tensor | None = None
+
+    def forward(self) -> None:
+        self._y = None  # the one before is freed first, as in training
+        self._y = self._run(self.x)
+
+    def backward(self) -> None:
+        assert self._y is not None
+        if self._dy is None:
+            self._dy = torch.randn_like(self._y)
+        torch.autograd.grad(self._y, self._leaves, self._dy)
+
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        return self.forward, self.backward
+
+    def run(self) -> None:
+        self.forward()
+        self.backward()
+
+
+def make_step(shape: BlockShape, variant: str, batch: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Step:
+    """variant: eager, compile, or a fused block's `memory`."""
+    torch.manual_seed(0)
+    block = shape.build().train()
+    if variant in ("lean", "fast"):
+        rf.fuse_(block, memory=variant)  # type: ignore[arg-type]
+    block = block.to(device, dtype, memory_format=torch.channels_last)
+    x = torch.randn(batch, shape.inplanes, shape.size, shape.size, device=device).to(dtype)
+    return Step(block, x.contiguous(memory_format=torch.channels_last).requires_grad_(), variant == "compile")
+
+
+def counted_bytes(step: Step) -> tuple[Bytes, Bytes]:
+    """(eager's, ours) of a fused block's step, by traffic.py."""
+    with recording() as calls:
+        step.forward()
+    return block_bytes(calls[0])
+
+
+def benchmark(
+    log: Log, budget: Budget, timer: Callable[[Sequence[Part]], Times], batch: int, device: str, variants: Sequence[str]
+) -> None:
+    """Forward and backward of every bottleneck, in turn by all variants."""
+    shapes = list(BOTTLENECKS)
+    done = 0
+    for i, shape in enumerate(shapes):
+        if budget.left <= 0:
+            break
+        steps = {v: make_step(shape, v, batch, device) for v in variants}
+        fused = next(step for v, step in steps.items() if v in ("lean", "fast"))
+        eager, ours = counted_bytes(fused)
+        share = Budget(budget.left / (len(shapes) - i), budget.clock)
+        for variant, (times, rounds, ahead) in interleaved(
+            {v: step.parts for v, step in steps.items()}, timer, ROUNDS, share
+        ).items():
+            moved = ours if variant in ("lean", "fast") else eager
+            log.add(
+                block=shape.name, batch=batch, variant=variant, rounds=rounds, host_bound=not ahead,
+                forward_ms=times[0], backward_ms=times[1],
+                forward_gbs=moved.forward / times[0] / 1e6, backward_gbs=moved.backward / times[1] / 1e6,
+            )  # fmt: skip
+        done += 1
+    log.finish(f"{done} of {len(shapes)} blocks, {', '.join(variants)}")
+
+
+def peak_memory(log: Log, budget: Budget, batch: int) -> None:
+    """Bytes that a training step of ResNet-50 in bfloat16 allocates at most, beside model, gradients and input."""
+    from torchvision.models import resnet50
+
+    for variant in ("eager", "lean", "fast"):
+        if budget.left <= 0:
+            break
+        torch.manual_seed(0)
+        model = resnet50().cuda().to(memory_format=torch.channels_last).train()
+        if variant != "eager":
+            rf.fuse_(model, memory=variant)  # type: ignore[arg-type]
+        x = torch.randn(batch, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(batch, device="cuda")
+        for _ in range(2):  # the first allocates gradients and workspaces that stay
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+        torch.cuda.synchronize()
+        log.add(model="resnet50", batch=batch, variant=variant, bytes=torch.cuda.max_memory_allocated() - before)
+        del model, x, loss
+        torch.cuda.empty_cache()
+    log.finish(f"resnet50, batch {batch} at 224, bf16 autocast")
+
+
+# ------------------------------------------------------------------------------------------------------- tiles
+
+
+def compare_tiles(
+    log: Log, budget: Budget, timer: Callable[[Sequence[Part]], Times], batch: int, device: str, arch: int
+) -> None:
+    """Every tile of the matrix kernels on the problems of every bottleneck, beside the plan's own choice."""
+    seen: set[str] = set()
+    slower = 0
+    for shape in BOTTLENECKS:
+        step = make_step(shape, "lean", batch, device)
+        step.run()
+        with capturing() as problems:
+            step.run()
+        for problem in problems:
+            own = problem.ready(arch)
+            if own is None or budget.left <= 0:
+                continue
+            name = f"{name_of_kernel(own[0])} {problem}"
+            if name not in seen:
+                seen.add(name)
+                slower += _time_tiles(log, budget, timer, problem, name_of_tile(own[0]), arch, name)
+        del problems, step
+    log.finish(f"{len(seen)} problems; another tile is 5 % faster on {slower}" if seen else "no problem was timed")
+
+
+def _time_tiles(
+    log: Log, budget: Budget, timer: Callable[[Sequence[Part]], Times], problem: Problem, own: str, arch: int, name: str
+) -> bool:
+    """Whether some tile is at least 5 % faster than the plan's own."""
+
+    def launching(plan: Plan) -> Part:
+        return lambda: plans.run(plan.steps, problem.device)
+
+    ready = list(problem.tiles(arch))  # with the workspaces, which live until all is timed
+    calls = {name_of_tile(plan): (launching(plan),) for _, plan, _ in ready}
+    found = interleaved(calls, timer, TILE_ROUNDS, budget)
+    times = {tile: milliseconds[0] for tile, (milliseconds, _, _) in found.items()}
+    fastest = min(times, key=times.__getitem__)
+    log.add(
+        kernel=name.split()[0], problem=str(problem), plan=own, fastest=fastest, ratio=times[own] / times[fastest],
+        ms=times,
+    )  # fmt: skip
+    return times[own] >= 1.05 * times[fastest]
+
+
+# ---------------------------------------------------------------------------------- static checks, every kernel
+
+
+def static_checks(log: Log, budget: Budget, arch: str) -> bool:
+    """Whether the machine code of every kernel has none of what `Kernel.faults` finds."""
+    pool = futures.ThreadPoolExecutor(os.cpu_count() or 1)  # whatever `make` allows itself: the time is short
+    waiting = {pool.submit(kernels.compile_source, source, arch): source for source in kernels.sources()}
+    count = 0
+    try:
+        for done in futures.as_completed(waiting, timeout=max(budget.left, 0)):
+            del waiting[done]
+            for kernel in done.result():
+                count += 1
+                if kernel.faults:
+                    log.add(kernel=kernel.symbol, arch=arch, faults=kernel.faults)
+    except futures.TimeoutError:  # before Python 3.11 not the builtin one
+        for source in waiting.values():
+            log.add(kernel=source, arch=arch, faults=["not compiled in time"])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    log.finish(f"{count} kernels for {arch}, {len(log.rows)} with faults")
+    return not log.rows
+
+
+# Channels of a block's input and of its narrow convolutions, and the stride: a shortcut of each kind.
+SMALL = [BlockShape(*kind, 7) for kind in (("bottleneck", 32, 8, 1), ("bottleneck", 40, 8, 2), ("basic", 8, 8, 1),
+                                           ("basic", 16, 24, 2))]  # fmt: skip
+
+
+def every_kernel(log: Log, device: str, arch: int, dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> None:
+    """Runs the kernels once on small shapes: blocks of every kind and the stem, then the blocks' problems by every
+    tile."""
+    for dtype in dtypes:
+        for shape, memory in product(SMALL, ("lean", "fast") if dtype == dtypes[0] else ("lean",)):
+            step = make_step(shape, memory, 2, device, dtype)
+            with capturing() as problems:
+                step.run()
+                with torch.no_grad():
+                    step.block.eval()(step.x)
+            launches = 0
+            for problem in problems:
+                for _, plan, _workspace in problem.tiles(arch):
+                    plans.run(plan.steps, problem.device)
+                    launches += len(plan.steps)
+            log.add(block=shape.name, memory=memory, dtype=str(dtype), launches_by_tile=launches)
+        x = torch.randn(2, 16, 9, 9, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        y = rf.BNReLUMaxPool(16).to(device, dtype)(x.requires_grad_())
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    log.finish(f"{len(log.rows)} blocks, {sum(row['launches_by_tile'] for row in log.rows)} launches by tile")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_work", description=__doc__.splitlines()[0])
+    parser.add_argument("section", choices=("static", "kernels", "benchmark", "memory", "tiles"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--arch", required=True, help="of the GPU, as sm_80")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compile", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    log, budget = Log(args.out), Budget(args.seconds)
+    arch = int(args.arch.removeprefix("sm_"))
+    torch.backends.cudnn.benchmark = True
+    if args.section == "static":
+        return 0 if static_checks(log, budget, args.arch) else 1
+    if args.section == "kernels":
+        every_kernel(log, "cuda", arch)
+    elif args.section == "benchmark":
+        benchmark(log, budget, CudaTimer(), args.batch, "cuda", ["eager", *["compile"] * args.compile, "lean"])
+    elif args.section == "memory":
+        peak_memory(log, budget, args.batch)
+    else:
+        compare_tiles(log, budget, CudaTimer(), args.batch, "cuda", arch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

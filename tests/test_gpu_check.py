@@ -1,0 +1,520 @@
+"""`make gpu-check` with made-up processes, clocks and timers; what it does on the GPU runs on the emulator."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from device import Device
+from op_cases import same_bits
+
+from benchmarks import gpu_check, gpu_work
+from benchmarks.gpu_check import SECTIONS, Check, Finished
+from benchmarks.gpu_work import Budget, CudaTimer, Log, Times
+from benchmarks.problems import Problem, capturing, name_of_kernel, name_of_tile
+from benchmarks.shapes import BlockShape
+from resnet_fused import kernels, plans
+from resnet_fused.ops.pointwise import as_on_a_gpu
+
+ROOT = Path(__file__).parents[1]
+SMALL = BlockShape("bottleneck", 40, 8, 2, 7)
+TILE = re.compile(r"_(\d+x\d+x\d+|resident)$")  # how symbols of matrix kernels end
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# ------------------------------------------------------------------------------------------------- the sections
+
+REPORT = """<testsuites><testsuite><testcase classname="tests.test_a" name="good[cuda]"/>
+<testcase classname="tests.test_a" name="bad[cuda]"><failure/></testcase></testsuite></testsuites>"""
+
+
+class Machine:
+    """Processes that take `takes` seconds, end as `ends` says (by section) and write what the real ones would."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.ends: dict[str, Finished] = {}
+        self.takes = 7.0
+        self.commands: dict[str, Sequence[str]] = {}
+        self.allowed: dict[str, float] = {}
+        self.clock = Clock()
+        options = {"arch": 90, "sanitizer": "/opt/compute-sanitizer", **options}
+        self.check = Check(folder=folder, run=self.run, clock=self.clock, **options)
+
+    def run(self, command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> Finished:
+        if "pytest" in command:
+            name = "tests"
+            (self.check.folder / "tests.xml").write_text(REPORT.replace("<failure/>", "") if not self.ends else REPORT)
+        else:
+            out = Path(command[command.index("--out") + 1])
+            name = out.stem
+            rows = [{"kernel": "k", "arch": "sm_90", "faults": ["atomics"]}] if self.ends.get(name) else []
+            out.write_text(json.dumps({"summary": f"{name} is done", "rows": rows}))
+        self.commands[name], self.allowed[name] = command, seconds
+        self.clock.now += self.takes
+        return self.ends.get(name, Finished(0, "fine"))
+
+    def go(self) -> dict[str, dict]:
+        gpu_check.run_sections(self.check, lambda: None)
+        return self.check.sections
+
+
+def test_all_is_well(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    sections = machine.go()
+    assert list(sections) == list(SECTIONS)
+    assert {s["status"] for s in sections.values()} == {"ok"}
+    assert {s["seconds"] for s in sections.values()} == {7.0}
+    assert sections["tests"]["summary"] == "2 of 2 passed"
+    assert sections["tiles"]["summary"] == "tiles is done"
+    assert gpu_check.exit_status(machine.check) == 0
+
+
+def test_less_than_ten_minutes() -> None:
+    assert sum(seconds for seconds, _ in SECTIONS.values()) <= 590
+
+
+def test_what_is_left_over_goes_to_the_next(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.takes = 0
+    machine.go()
+    own = [seconds for seconds, _ in SECTIONS.values()]
+    assert list(machine.allowed.values()) == [sum(own[: i + 1]) for i in range(len(own))]
+
+
+def test_no_section_takes_another_ones_time(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    for name in SECTIONS:
+        machine.ends[name] = Finished(None)
+    machine.run, run = lambda command, seconds, environment: run(command, seconds, environment), machine.run
+
+    def slow(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> Finished:
+        machine.takes = seconds
+        return run(command, seconds, environment)
+
+    machine.check.run = slow
+    sections = machine.go()
+    assert machine.allowed == {name: seconds for name, (seconds, _) in SECTIONS.items()}
+    assert {s["status"] for s in sections.values()} == {"timeout"}
+    assert gpu_check.exit_status(machine.check) == 1
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_failure_stops_no_other_section(name: str, tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.ends[name] = Finished(1, "Traceback\nRuntimeError: no such kernel\n\n")
+    sections = machine.go()
+    assert {n for n, s in sections.items() if s["status"] != "ok"} == {name}
+    assert len(machine.commands) == len(SECTIONS)
+    assert "no such kernel" in sections[name]["output"]
+    assert gpu_check.exit_status(machine.check) == 1
+    if name == "tests":
+        assert sections[name]["rows"] == [{"test": "tests.test_a::bad[cuda]"}]
+
+
+@pytest.mark.parametrize(("name", "status"), [("tests", 1), ("static", 1), ("racecheck", 1), ("benchmark", 0)])
+def test_what_was_not_finished(name: str, status: int, tmp_path: Path) -> None:
+    """A check that was not finished proves nothing; a measurement has its rows."""
+    machine = Machine(tmp_path)
+    machine.ends[name] = Finished(None, "")
+    assert machine.go()[name]["status"] == "timeout"
+    assert gpu_check.exit_status(machine.check) == status
+
+
+def test_an_exception_is_a_failure(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+
+    def run(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> Finished:
+        if "memory" in command:
+            raise OSError("no more processes")
+        return Finished(0)
+
+    machine.check.run = run
+    sections = machine.go()
+    assert (sections["memory"]["status"], sections["memory"]["summary"]) == ("failed", "OSError: no more processes")
+    assert sections["tiles"]["status"] == "ok"
+
+
+def test_commands(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, compile=True, batch=16)
+    machine.go()
+    benchmark = list(machine.commands["benchmark"])
+    assert benchmark[:4] == [sys.executable, "-m", "benchmarks.gpu_work", "benchmark"]
+    assert gpu_work.parser().parse_args(benchmark[3:]).batch == 16
+    assert "--compile" in benchmark
+    tests = machine.commands["tests"]
+    assert "cuda and not slow" in tests
+    assert str(ROOT / "tests/test_conv1x1.py") in tests
+    assert str(ROOT / "tests/test_streams.py") in tests
+    assert str(ROOT / "tests/test_ptx_faults.py") not in tests
+    assert str(ROOT / "tests/test_large_tensors.py") not in tests
+    memcheck, racecheck = machine.commands["memcheck"], machine.commands["racecheck"]
+    assert memcheck[:3] == ["/opt/compute-sanitizer", "--tool", "memcheck"]
+    assert racecheck[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
+    assert {"--report-api-errors", "--error-exitcode"} <= set(memcheck)
+
+
+def test_without_a_sanitizer(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, sanitizer=None)
+    sections = machine.go()
+    assert sections["memcheck"]["status"] == sections["racecheck"]["status"] == "absent"
+    assert gpu_check.exit_status(machine.check) == 0
+
+
+def test_a_sanitizer_that_saw_nothing(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.check.run = lambda command, seconds, environment: Finished(0)
+    assert machine.go()["memcheck"]["status"] == "failed"
+
+
+def test_without_a_gpu(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, arch=0)
+    sections = machine.go()
+    assert list(machine.commands) == ["static"]
+    assert machine.allowed["static"] == sum(seconds for seconds, _ in SECTIONS.values())
+    assert {name: s["status"] for name, s in sections.items() if name != "static"} == dict.fromkeys(
+        [name for name in SECTIONS if name != "static"], "skipped: no GPU"
+    )
+    assert gpu_check.exit_status(machine.check) == 2
+    machine.ends["static"] = Finished(1)
+    machine.go()
+    assert gpu_check.exit_status(machine.check) == 1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine without a GPU: one line on stderr, the table, the JSON and the exit status."""
+    status = "failed" if broken else "ok"
+    found = {
+        "status": status,
+        "summary": "311 kernels",
+        "rows": [{"kernel": "k", "arch": "sm_80", "faults": ["spills"]}],
+    }
+    monkeypatch.setitem(SECTIONS, "static", (1, lambda check, seconds: found))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == (1 if broken else 2)
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith("gpu-check: no GPU here")
+    assert "311 kernels" in out
+    written = json.loads((tmp_path / "gpu-check-no-gpu.json").read_text())
+    assert written["schema"] == 1
+    assert written["exit_status"] == (1 if broken else 2)
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["machine"]["gpu"] is None
+    assert list(written["sections"]) == list(SECTIONS)
+    for section in written["sections"].values():
+        assert {"status", "summary", "seconds", "allowed", "rows"} <= section.keys()
+
+
+def test_processes_end_in_time() -> None:
+    """With what they have started."""
+    done = gpu_check.run_process(
+        [sys.executable, "-c", "print('one'); import os; print(os.environ['X'])"], 60, {"X": "y"}
+    )
+    assert done == Finished(0, "one\ny\n")
+    sleeper = "[sys.executable, '-c', 'import time; time.sleep(99)']"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run({sleeper})"
+    done = gpu_check.run_process([sys.executable, "-c", code], 2, {})
+    assert done.code is None
+    assert done.last_line in ("begun", "no output")
+    assert gpu_check.run_process([sys.executable, "-c", "raise SystemExit(3)"], 60, {}).code == 3
+
+
+def test_names_of_gpus() -> None:
+    assert gpu_check.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert gpu_check.slug(None) == "no-gpu"
+
+
+def test_sanitizers_see_every_kernel() -> None:
+    macros = re.compile(r"^RESNET_FUSED_(?:\w*)KERNELS?(?:_\d)?\((\w+),", re.MULTILINE)
+    names = [name for source in kernels.sources() for name in macros.findall((ROOT / "csrc" / source).read_text())]
+    assert len(names) > 30
+    assert all(re.search(gpu_check.KERNELS, name) for name in names)
+    assert not re.search(gpu_check.KERNELS, "_ZN2at6native29vectorized_elementwise_kernel")
+
+
+SPEED = [
+    {"block": "b", "variant": v, "forward_ms": f, "backward_ms": 4.0, "forward_gbs": 800.0, "backward_gbs": 900.0,
+     "host_bound": v == "lean"}
+    for v, f in (("eager", 3.0), ("compile", 2.0), ("lean", 1.5))
+]  # fmt: skip
+TILES = [
+    {"kernel": "conv1x1_fprop_bf16", "problem": "conv1x1 64x56x56", "plan": "128x64x32", "fastest": fastest,
+     "ratio": ratio, "ms": {}}
+    for fastest, ratio in (("256x128x32", 1.31), ("128x64x32", 1.0))
+]  # fmt: skip
+
+
+def test_table() -> None:
+    base = {"status": "ok", "summary": "s", "seconds": 3.4, "rows": []}
+    rows = gpu_check.table_rows(
+        {
+            "static": {
+                **base,
+                "status": "failed",
+                "rows": [{"kernel": "k", "arch": "sm_90", "faults": ["atomics", "x"]}],
+            },
+            "tests": {**base, "rows": [{"test": "tests.test_a::bad"}]},
+            "memcheck": {**base, "rows": [{"block": "b", "launches_by_tile": 3}]},
+            "benchmark": {**base, "rows": SPEED},
+            "memory": {**base, "rows": [{"variant": "eager", "bytes": 2**30}, {"variant": "lean", "bytes": 2**29}]},
+            "tiles": {**base, "rows": TILES},
+        },
+        peak_gbs=2000,
+    )
+    assert rows == [
+        ("static", "s", "failed", "3"),
+        ("", "k sm_90", "atomics, x", ""),
+        ("tests", "s", "ok", "3"),
+        ("", "tests.test_a::bad", "failed", ""),
+        ("memcheck", "s", "ok", "3"),
+        ("benchmark", "s", "ok", "3"),
+        ("", "b forward, compile", "2.000 ms, eager 3.000 ms: 1.50x", ""),
+        ("", "b backward, compile", "4.000 ms, eager 4.000 ms: 1.00x", ""),
+        ("", "b forward, lean", "1.500 ms, eager 3.000 ms: 2.00x; 800 GB/s (40%) (host-bound)", ""),
+        ("", "b backward, lean", "4.000 ms, eager 4.000 ms: 1.00x; 900 GB/s (45%) (host-bound)", ""),
+        ("memory", "s", "ok", "3"),
+        ("", "eager", "1024 MiB (1.00)", ""),
+        ("", "lean", "512 MiB (0.50)", ""),
+        ("tiles", "s", "ok", "3"),
+        ("", "conv1x1_fprop_bf16 conv1x1 64x56x56", "256x128x32 is 1.31x of 128x64x32", ""),
+    ]
+
+
+# ------------------------------------------------------------------------------------------- what a section does
+
+
+class Timer:
+    """Runs what it is to time; each part takes a millisecond more than the one before it."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.count, self.clock = 0, clock
+
+    def __call__(self, parts: Sequence[gpu_work.Part]) -> Times:
+        times = []
+        for part in parts:
+            part()
+            self.count += 1
+            times.append(float(self.count))
+        if self.clock:
+            self.clock.now += 1
+        return Times(times, ahead=True)
+
+
+def test_rounds_take_turns_and_end_in_time() -> None:
+    seen = ""
+
+    def call(name: str) -> gpu_work.Part:
+        def run() -> None:
+            nonlocal seen
+            seen += name
+
+        return run
+
+    calls = {"a": [call("a"), call("A")], "b": [call("b")]}
+    found = gpu_work.interleaved(calls, Timer(), 3, Budget(1e9))
+    assert seen == "aA" * 3 + "bbb" + "aAb" + "baA" + "aAb"
+    assert found["a"] == ([14.0, 15.0], 3, True)
+    clock = Clock()
+    found = gpu_work.interleaved(calls, Timer(clock), 99, Budget(11, clock))
+    assert {name: rounds for name, (_, rounds, _) in found.items()} == {"a": 3, "b": 3}
+    assert gpu_work.interleaved(calls, Timer(clock), 99, Budget(0, clock))["a"][1] == 1
+
+
+def test_logs_are_complete_after_every_row(tmp_path: Path) -> None:
+    log = Log(tmp_path / "rows.json")
+
+    def written() -> dict:
+        return json.loads(log.path.read_text())
+
+    assert written() == {"summary": "", "rows": []}
+    log.add(a=1)
+    log.add(a=2)
+    assert written() == {"summary": "", "rows": [{"a": 1}, {"a": 2}]}
+    log.finish("two")
+    assert written()["summary"] == "two"
+
+
+def test_blocks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_work, "BOTTLENECKS", (SMALL, BlockShape("bottleneck", 32, 8, 1, 5)))
+    monkeypatch.setattr(gpu_work, "ROUNDS", 3)
+    log = Log(tmp_path / "rows.json")
+    with as_on_a_gpu():
+        gpu_work.benchmark(log, Budget(1e9), Timer(), 2, "cpu", ["eager", "lean"])
+    assert [(row["block"], row["variant"]) for row in log.rows] == [
+        (shape.name, variant) for shape in gpu_work.BOTTLENECKS for variant in ("eager", "lean")
+    ]
+    for row in log.rows:
+        assert row["rounds"] == gpu_work.ROUNDS
+        assert not row["host_bound"]
+    eager, ours = log.rows[:2]
+    # In activations of the narrow width, 2 images of 4 x 4 pixels of 8 channels; by `info --traffic`, but for the sizes
+    # that a stride leaves: the input is 40 channels of 7 x 7.
+    moved = [row["forward_gbs"] * row["forward_ms"] * 1e6 for row in (eager, ours)]
+    assert moved[0] > 1.5 * moved[1] > 0
+    assert log.summary == "2 of 2 blocks, eager, lean"
+    clock = Clock()
+    gpu_work.benchmark(log, Budget(0, clock), Timer(clock), 2, "cpu", ["eager", "lean"])
+    assert log.summary == "0 of 2 blocks, eager, lean"
+
+
+def captured(shape: BlockShape, memory: str = "lean") -> list[Problem]:
+    step = gpu_work.make_step(shape, memory, 2, "cpu")
+    with capturing() as problems:
+        step.run()
+    return problems
+
+
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+def test_problems_are_those_of_the_run(memory: str) -> None:
+    """Their plans are what was launched, and launched again give the same; every tile is another kernel's."""
+    device = Device("emulated")
+
+    def run() -> None:
+        problems = captured(SMALL, memory)
+        launched = [launch.symbol for launch in device_emulator().launches if TILE.search(launch.symbol)]
+        planned = [problem.ready(80)[0].steps[0].symbol for problem in problems]
+        assert planned == launched
+        for problem in problems:
+            before = {name: problem.tensors[name].clone() for name in problem.outputs}
+            for name in problem.outputs:
+                problem.tensors[name].untyped_storage().fill_(255)
+            plan, _workspace = problem.ready(80)
+            plans.run(plan.steps, problem.device)
+            for name, t in before.items():
+                assert same_bits(problem.tensors[name], t), (problem, name)
+            tiles = [name_of_tile(plan) for _, plan, _ in problem.tiles(80)]
+            assert len(set(tiles)) == len(tiles) >= 2
+            assert name_of_tile(plan) in tiles
+            assert {name_of_kernel(plan) for _, plan, _ in problem.tiles(80)} == {name_of_kernel(plan)}
+
+    device.run(run)
+
+
+def device_emulator() -> Any:
+    from device import _emulator
+
+    return _emulator()
+
+
+def test_tiles_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_work, "BOTTLENECKS", (SMALL,))
+    monkeypatch.setattr(gpu_work, "TILE_ROUNDS", 1)
+    log = Log(tmp_path / "rows.json")
+    Device("emulated").run(lambda: gpu_work.compare_tiles(log, Budget(1e9), Timer(), 2, "cpu", 80))
+    assert len(log.rows) >= 8
+    for row in log.rows:
+        assert row["plan"] in row["ms"]
+        assert row["fastest"] == min(row["ms"], key=row["ms"].get)
+        assert row["ratio"] == row["ms"][row["plan"]] / row["ms"][row["fastest"]]
+    slower = sum(row["ratio"] >= 1.05 for row in log.rows)
+    assert log.summary == f"{len(log.rows)} problems; another tile is 5 % faster on {slower}"
+
+
+def test_every_kernel_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the sanitizers watch, in one element type."""
+    device, log = Device("emulated"), Log(tmp_path / "rows.json")
+    device.run(lambda: gpu_work.every_kernel(log, "cpu", 80, [torch.bfloat16]))
+    assert sum(row["launches_by_tile"] for row in log.rows) > 100
+    families = {re.split(r"_b?f16", symbol)[0] for symbol in device.symbols}
+    assert families >= {"conv1x1_fprop", "expand_dual", "gram_strided", "bn_act", "bn_act_pool", "bn_act_pool_backward"}
+
+
+def test_static_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_source(source: str, arch: str) -> list[kernels.Kernel]:
+        spills = 8 if source == "bad.cu" else 0
+        return [kernels.Kernel(source[:-3], source, arch, 256, 32, 0, 0, spills, {"EXIT": 1})]
+
+    monkeypatch.setattr(kernels, "compile_source", compile_source)
+    monkeypatch.setattr(kernels, "sources", lambda: ["good.cu", "fine.cu"])
+    log = Log(tmp_path / "rows.json")
+    assert gpu_work.static_checks(log, Budget(60), "sm_90")
+    assert log.summary == "2 kernels for sm_90, 0 with faults"
+    monkeypatch.setattr(kernels, "sources", lambda: ["good.cu", "bad.cu"])
+    assert not gpu_work.static_checks(log, Budget(60), "sm_90")
+    assert log.rows == [{"kernel": "bad", "arch": "sm_90", "faults": ["8 bytes of spills"]}]
+
+
+def test_static_checks_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not compiled was not checked."""
+    done = threading.Event()
+    monkeypatch.setattr(
+        kernels, "compile_source", lambda source, arch: [] if source == "fine.cu" else done.wait(60) or []
+    )
+    monkeypatch.setattr(kernels, "sources", lambda: ["fine.cu", "slow.cu"])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    log = Log(tmp_path / "rows.json")
+    assert not gpu_work.static_checks(log, Budget(0.5), "sm_90")
+    done.set()
+    assert log.rows == [{"kernel": "slow.cu", "arch": "sm_90", "faults": ["not compiled in time"]}]
+
+
+class FakeEvent:
+    now = 0.0  # of the GPU, ms
+    busy = False
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = FakeEvent.now
+
+    def query(self) -> bool:
+        return not FakeEvent.busy
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.time - self.time
+
+
+def test_the_gpu_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It spins for longer until all is queued before it begins; each part has a flushed L2."""
+    log: list[str] = []
+    slept: list[int] = []
+
+    def sleep(cycles: int) -> None:
+        slept.append(cycles)
+        log.append("sleep")
+        FakeEvent.busy = cycles >= 2**23
+
+    def take(milliseconds: float) -> None:
+        log.append("work")
+        FakeEvent.now += milliseconds
+
+    class Flush:
+        def zero_(self) -> None:
+            log.append("flush")
+            FakeEvent.now += 100
+
+    sizes = []
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: sizes.append(size) or Flush())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(L2_cache_size=50 << 20))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    timer = CudaTimer()
+    assert sizes == [100 << 20]
+    assert timer([lambda: take(1.5), lambda: take(4.0)]) == Times([1.5, 4.0], ahead=True)
+    assert slept == [2**21, 2**22, 2**23]
+    assert log[-7:] == ["wait", "sleep", "flush", "work", "flush", "work", "wait"]
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    FakeEvent.busy = False
+    assert timer([lambda: take(1.0)]) == Times([1.0], ahead=False)
+    assert slept[-1] == CudaTimer.MOST_CYCLES
