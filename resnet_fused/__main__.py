@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, counting, evaluate, kernels, models
+from . import __version__, counting, evaluate, kernels, models, network
 from .console import explanation_table, make_console, make_table
 from .data import mnist_5k
 from .ops.pointwise import as_on_a_gpu
@@ -63,7 +63,9 @@ def info(args: argparse.Namespace) -> int:
     print(f"cuda backend  {_gpus() if cuda else 'not built'}")
     if args.kernels is not None:
         _print_kernels(args.kernels)
-    if args.traffic:
+    if args.traffic and args.model:
+        _print_network(args.model, args.batch, args.size)
+    elif args.traffic:
         _print_traffic()
     return 0
 
@@ -152,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--traffic", action="store_true", help="the bytes that blocks move in a training step, by two counts"
     )
+    sub.add_argument("--model", choices=network.MODELS, help="with --traffic: of a whole network, by stage")
+    sub.add_argument("--batch", type=_positive_int, default=256)
+    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
 
     sub = with_device(command("explain", explain))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
@@ -252,6 +257,11 @@ def _print_kernels(arches: list[str]) -> None:
 def _print_traffic() -> None:
     title = "training step in bf16, forward + backward, in activations of the narrow width"
     _print_table(title, counting.COLUMNS, counting.comparison())
+
+
+def _print_network(model: str, batch: int, size: int) -> None:
+    for title, columns, rows in network.Comparison.of(model, batch, size).tables():
+        _print_table(f"{model}, a training step in bf16 of {batch} images at {size}: GiB {title}", columns, rows)
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -35,6 +35,9 @@ class Bytes(NamedTuple):
     def moved(self) -> float:
         return self.forward + self.backward
 
+    def plus(self, other: Bytes) -> Bytes:
+        return Bytes(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 class Sizes(NamedTuple):
     """Bytes of a block's activations."""
@@ -187,9 +190,14 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     return Bytes(fwd, bwd, saved)
 
 
+def block_sizes(call: Any) -> Sizes:
+    """Of a recorded call of a block."""
+    return sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
+
+
 def block_bytes(call: Any) -> tuple[Bytes, Bytes]:
     """(eager, ours) of a recorded call."""
-    sizes = sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
+    sizes = block_sizes(call)
     on_kernels = units_on_kernels([*call.units, call.shortcut], call.spec)
     if call.kernels and any(on_kernels):
         return eager_bytes(sizes, call.spec), kernel_bytes(sizes, call.spec, on_kernels)
@@ -204,12 +212,38 @@ def units_on_kernels(units: Sequence[Any], spec: BlockSpec) -> list[bool]:
     ]
 
 
+class StemSizes(NamedTuple):
+    """Bytes of batch norm + ReLU + max pool on u [N, C, H, W], and how many elements come out."""
+
+    u: int
+    y: int
+    pooled: int
+
+    @classmethod
+    def of(cls, call: Any) -> StemSizes:
+        (n, c, h, w), pool = call.x_shape, call.spec
+        pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
+        return cls(n * c * h * w * call.dtype.itemsize, pooled * call.dtype.itemsize, pooled)
+
+
 def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:
-    """(eager, ours) of batch norm + ReLU + max pool on u [N, C, H, W]; the argmax is int64 there and int8 here."""
-    n, c, h, w = call.x_shape
-    pool = call.spec
-    pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
-    u, p = math.prod(call.x_shape) * call.dtype.itemsize, pooled * call.dtype.itemsize
+    """(eager, ours) of the stem's tail; the argmax is int64 there and int8 here."""
+    u, p, pooled = StemSizes.of(call)
     eager = Bytes(3 * u + 2 * u + (u + p + 8 * pooled), (p + 8 * pooled + u) + 3 * u + 5 * u, 2 * u + 8 * pooled)
     ours = Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
     return eager, ours
+
+
+def stem_tail(call: Any, compiled: bool) -> Bytes:
+    """torch.compile's, with an int8 argmax; or ours with the statistics in the convolution's epilogue and the pool's
+    backward in both passes of the batch norm's."""
+    u, p, pooled = StemSizes.of(call)
+    if compiled:
+        return Bytes(u + 2 * u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, 2 * u + pooled)
+    return Bytes(u + p + pooled, (p + pooled + u) + (p + pooled + u) + u, u + pooled)
+
+
+def conv_bytes(image: float, call: Any) -> Bytes:
+    """The stem's convolution, `call` being its tail's: of `image` bytes, which have no gradient."""
+    u = StemSizes.of(call).u
+    return Bytes(image + u, u + image, image)
