@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Moved(NamedTuple):
         return Moved(self.passes + other.passes, self.unique + other.unique)
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """Adds up the bytes of every op's tensor inputs and outputs."""
 
     def __init__(self) -> None:
@@ -76,11 +77,11 @@ def where(t: Tensor) -> tuple[int, int]:
     return t.untyped_storage()._cdata, t.storage_offset()
 
 
-def counted(run: Callable[[], Any]) -> Moved:
-    """Bytes of the inputs and outputs of all ops that `run` calls, forward or backward."""
-    with torch.autograd.set_multithreading_enabled(False), _Counter() as counter:
-        run()
-    return counter.moved
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Counts what runs within it, forward or backward."""
+    with torch.autograd.set_multithreading_enabled(False), Counter() as counter:
+        yield counter
 
 
 COLUMNS = ("block", "count", "eager", "torch.compile", "ours, ATen", "ours, kernels")
@@ -131,7 +132,9 @@ def _compare(name: str, block: nn.Module, x: Tensor, stride: int) -> list[tuple[
 def _step(block: nn.Module, x: Tensor) -> tuple[float, float]:
     """Counted bytes of (forward, backward), each op's inputs and outputs once."""
     x = x.detach().requires_grad_()
-    outputs: list[Tensor] = []
-    forward = counted(lambda: outputs.append(block(x)))
-    dy = torch.ones_like(outputs[0])
-    return forward.unique, counted(lambda: outputs[0].backward(dy)).unique
+    with counting() as forward:
+        y = block(x)
+    dy = torch.ones_like(y)
+    with counting() as backward:
+        y.backward(dy)
+    return forward.moved.unique, backward.moved.unique

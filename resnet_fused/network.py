@@ -1,7 +1,7 @@
 """What a whole ResNet's training step moves through memory and keeps, stage by stage: eager, torch.compile's and ours.
 
 The networks run on the meta device, where a tensor has a shape and no memory, so that any batch may be counted: every
-op that runs is seen, forward and backward, and ours are those of a GPU. Two counts of what they move, `counting.Moved`'s:
+op that runs is seen, forward and backward, and ours are those of a GPU. There are two counts of what they move:
 
     passes    reads and writes of activations. Of all that moves, the part that grows with the batch: what a step of
               twice the batch moves more. Weights, statistics and Gram matrices are not in it.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import models
 from .blocks import FusedStem
 from .convert import fuse_
-from .counting import Moved, counted
+from .counting import Moved, counting
 from .data import require
 from .measure import keeping
 from .ops.pointwise import as_on_a_gpu
@@ -76,15 +76,13 @@ def run(model: nn.Module, x: Tensor) -> tuple[list[Step], list[list[Call]]]:
     graphs = []  # alive to the end, so that no storage comes twice
     for stage in stages_of(model):
         inputs = [x] if steps else []  # images have no gradient
-        outputs: list[Tensor] = []
         before = sum(kept.values())
-        with recording() as own, keeping(kept, (*parameters, *model.buffers())):
-            forward = counted(lambda stage=stage, x=x: outputs.append(stage(x)))
-        y = outputs[0]
+        with recording() as own, keeping(kept, (*parameters, *model.buffers())), counting() as forward:
+            y = stage(x)
         dy = torch.empty_like(y)
-        inputs += parameters
-        backward = counted(lambda y=y, dy=dy, inputs=inputs: torch.autograd.grad(y, inputs, dy, True, allow_unused=True))
-        steps.append(Step(forward, backward, sum(kept.values()) - before))
+        with counting() as backward:
+            torch.autograd.grad(y, [*inputs, *parameters], dy, True, allow_unused=True)
+        steps.append(Step(forward.moved, backward.moved, sum(kept.values()) - before))
         calls.append(list(own))
         graphs.append(y)
         x = y.detach().requires_grad_()
@@ -111,9 +109,7 @@ def steps_of(model: nn.Module, batch: int, size: int, dtype: torch.dtype) -> tup
         return Moved(more.passes - once.passes, once.unique)
 
     return [
-        Step(
-            grown(s.forward, t.forward), grown(s.backward, t.backward), s.saved, 2 * s.moved.unique - t.moved.unique
-        )
+        Step(grown(s.forward, t.forward), grown(s.backward, t.backward), s.saved, 2 * s.moved.unique - t.moved.unique)
         for s, t in zip(steps, twice, strict=True)
     ], calls
 
