@@ -15,10 +15,10 @@ import torch
 from .plans import Plan, Step
 
 # Buffers by op: "name:layout". One letter: a vector over channels, float32. Else a matrix or more of the problem's
-# type, after "#" of bits in panels, after "." float32, after "!" bytes. C, K and D (C2) are channels, G those of a group;
-# R and S a kernel's sides. Pixels: p all of x, s the strided ones, o of the output; P and Q all of x and x2, of which
-# only the strided ones are accessed. Behind "->" are results, behind "=>" those that a second step combines from partial
-# ones.
+# type, after "#" of bits in panels, after "." float32, after "!" bytes. C, K and D (C2) are channels, G those of a
+# group; R and S a kernel's sides. Pixels: p all of x, s the strided ones, o of the output; P and Q all of x and x2, of
+# which only the strided ones are accessed. Behind "->" are results, behind "=>" those that a second step combines from
+# partial ones.
 _DU = "u:{0}K mask:#{0}K scale:K shift:K mean:K coef_dz:K coef_x:K coef_1:K"
 _DGRAD_END = (
     "addend:pC addend_mask:#pC gate_u:pC gate_scale:C gate_shift:C gate_mean:C -> dx:pC => sum_dz:C sum_dz_xc:C"
@@ -144,6 +144,8 @@ def costs_of(op: str, problem: Problem, present: Iterable[str], plan: Plan) -> l
     if not plan.steps:
         return []
     buffers, names = Buffer.of(op), list(present)
+    if op == "expand" and "x2" not in names:
+        problem = {**problem, "C2": 0}
 
     def moved(role: str) -> int:
         return sum(buffer_bytes(op, name, problem) for name in names if buffers[name].role == role)

@@ -43,7 +43,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and out.is_meta:  # which forgets the layout
             out = out.contiguous(memory_format=torch.channels_last)
-        if not func.is_view and func._opname not in _MOVE_NOTHING:
+        if _moves(func, args, out):
             once = _bytes(out) + (0 if func._opname in _READ_NOTHING else _bytes((args, kwargs)))
             again = sum((times - 1) * _bytes(args[i]) for i, times in _reads(func._opname, args).items())
             self.moved += Moved(once + again, once)
@@ -60,6 +60,12 @@ _READS = {
 }
 
 
+def _moves(func: Any, args: Any, out: Any) -> bool:
+    if func._opname == "contiguous":  # a view or a copy
+        return where(out) != where(args[0])
+    return not func.is_view and func._opname not in _MOVE_NOTHING
+
+
 def _reads(op: str, args: Any) -> dict[int, int]:
     if op == "convolution_backward":
         need_dx, need_dw, _ = args[-1]
@@ -74,7 +80,7 @@ def _bytes(tree: Any) -> int:
 
 def where(t: Tensor) -> tuple[int, int]:
     """Where a tensor begins, also one on the meta device, which has no addresses."""
-    return t.untyped_storage()._cdata, t.storage_offset()
+    return t.untyped_storage()._cdata, int(t.storage_offset())
 
 
 @contextmanager

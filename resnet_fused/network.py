@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,15 @@ from .blocks import FusedStem
 from .convert import fuse_
 from .counting import Moved, counting
 from .data import require
+from .functional import Memory
 from .measure import keeping
+from .ops.block import BlockSpec
 from .ops.pointwise import as_on_a_gpu
 from .recorder import Call, recording
 from .traffic import Bytes, block_sizes, compile_bytes, conv_bytes, kernel_bytes, stem_tail
 
 STAGES = ("stem", "stage 1", "stage 2", "stage 3", "stage 4", "head")
-MEMORIES = ("lean", "fast")
+MEMORIES: tuple[Memory, ...] = ("lean", "fast")
 MODELS = tuple(name for name in models.MODELS if name != "mnist_resnet")  # torchvision has them too
 
 
@@ -89,7 +91,7 @@ def run(model: nn.Module, x: Tensor) -> tuple[list[Step], list[list[Call]]]:
     return steps, calls
 
 
-def create(name: str, dtype: torch.dtype, memory: str | None = None) -> nn.Module:
+def create(name: str, dtype: torch.dtype, memory: Memory | None = None) -> nn.Module:
     """Torchvision's network `name` on the meta device in training mode, fused if `memory` is given."""
     with torch.device("meta"):
         model = require("torchvision.models", "the comparison with eager").get_model(name)
@@ -125,9 +127,9 @@ def predicted(calls: list[Call], x: Tensor, compiled: bool = False) -> Bytes:
     total = Bytes(0, 0, 0)
     for call in calls:
         if call.units:
-            sizes = block_sizes(call)
-            every = [True] * len(call.spec.units)  # type: ignore[attr-defined]
-            total = total.plus(compile_bytes(sizes, call.spec) if compiled else kernel_bytes(sizes, call.spec, every))
+            sizes, spec = block_sizes(call), cast(BlockSpec, call.spec)
+            every = [True] * len(spec.units)
+            total = total.plus(compile_bytes(sizes, spec) if compiled else kernel_bytes(sizes, spec, every))
         else:
             image = x.numel() * x.element_size()
             total = total.plus(conv_bytes(image, call)).plus(stem_tail(call, compiled))
@@ -139,9 +141,9 @@ class Comparison:
     """A network's training step, by stage."""
 
     eager: list[Step]
-    ours: dict[str, list[Step]]  # by memory
+    ours: dict[Memory, list[Step]]
     compiled: list[Bytes]
-    on_kernels: dict[str, list[Bytes]]  # predicted, by memory
+    on_kernels: dict[Memory, list[Bytes]]  # predicted
 
     @classmethod
     def of(cls, name: str, batch: int, size: int = 224, dtype: torch.dtype = torch.bfloat16) -> Comparison:
@@ -153,12 +155,12 @@ class Comparison:
         x, head = images(batch, size, dtype), eager[-1]  # in the head nothing is fused
         behind = Bytes(head.forward.passes, head.backward.passes, head.saved)
 
-        def predict(memory: str, compiled: bool = False) -> list[Bytes]:
+        def predict(memory: Memory, compiled: bool = False) -> list[Bytes]:
             return [*(predicted(own, x, compiled) for own in calls[memory][:-1]), behind]
 
         return cls(eager, ours, predict("fast", True), {memory: predict(memory) for memory in MEMORIES})
 
-    def unique_on_kernels(self, memory: str) -> list[float]:
+    def unique_on_kernels(self, memory: Memory) -> list[float]:
         """Every operand of a kernel is read once: what grows with the batch are its passes."""
         return [b.moved + s.fixed for b, s in zip(self.on_kernels[memory], self.ours[memory], strict=True)]
 

@@ -43,9 +43,11 @@ class Sizes(NamedTuple):
     """Bytes of a block's activations."""
 
     x: int
+    strided: int  # of the pixels of x that a projection reads
     outs: list[int]  # of each chain unit's raw output, equal to its activation's
     shortcut: int  # 0 without a shortcut
     projected: bool
+    pointwise: bool  # whether the first unit is a 1x1 convolution
     mask: float
 
     @property
@@ -60,9 +62,17 @@ def sizes_of(x_shape: tuple[int, ...], itemsize: int, units: tuple, spec: BlockS
         shape = unit.geometry.out_shape(shape, unit.weight.shape)
         outs.append(math.prod(shape) * itemsize)
     n, k, p, q = shape
+    rows, columns = spec.units[-1].geometry.stride
     mask = 4 * math.ceil(k / 32) * n * p * q if spec.relu else 0
-    return Sizes(math.prod(x_shape) * itemsize, outs, 0 if spec.shortcut == "none" else outs[-1],
-                 spec.shortcut == "projection", mask)  # fmt: skip
+    return Sizes(
+        x=math.prod(x_shape) * itemsize,
+        strided=x_shape[0] * x_shape[1] * math.ceil(x_shape[2] / rows) * math.ceil(x_shape[3] / columns) * itemsize,
+        outs=outs,
+        shortcut=0 if spec.shortcut == "none" else outs[-1],
+        projected=spec.shortcut == "projection",
+        pointwise=tuple(units[0].weight.shape[2:]) == (1, 1),
+        mask=mask,
+    )
 
 
 def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
@@ -125,6 +135,9 @@ def kernel_bytes(s: Sizes, spec: BlockSpec, on_kernels: list[bool]) -> Bytes:
     grams = sum(u.plan == "gram" for u in spec.units)
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
+    if s.projected and grams == 1:  # the two ends have no product in common: one's output is the other's residual
+        gram = spec.units[-1].plan == "gram"  # a product of its own, of a strided input's copy, or a batch norm's pass
+        fwd += ((3 if s.strided < s.x else 1) * s.strided + y) if gram else 2 * y
     if s.projected:
         end = _kernel_end(spec.units[-1].plan, s.x, y, s.mask, on_kernels[-1], False)
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward + s.x, saved + end.saved
@@ -151,14 +164,15 @@ def _kernel_end(plan: str, a: float, u: float, mask: float, kernel: bool, inner:
     return Bytes(forward, backward, u if plan == "keep" else 0)
 
 
-def _end_bytes(plan: str, a: float, u: float, prologue: bool) -> Bytes:
-    """An end unit before the join, and its backward after dz; `a` is its operand's size, `u` its output's."""
+def _end_bytes(plan: str, a: float, u: float, prologue: bool, sums: float) -> Bytes:
+    """An end unit before the join, and its backward after dz; `a` is its operand's size, `u` its output's, `sums` what
+    the two sums of its batch norm read beside what forms dz."""
     operand = 2 * a if prologue else 0  # read the raw output, write the activation
     if plan == "gram":
         operand = 2 * a
         forward = operand + 2 * a  # the Gram product reads its operand on both sides
         return Bytes(forward, operand + (a + u) + (u + a) + 3 * a, 0)
-    backward = operand + 2 * u + 3 * u + (u + a) + (u + a)
+    backward = operand + sums + 3 * u + (u + a) + (u + a)
     if plan == "recompute":
         backward += a + u
     return Bytes(operand + (a + u) + u, backward, u if plan == "keep" else 0)
@@ -175,9 +189,9 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
         bwd += 2 * u + 3 * u + operand + (u + a) + (u + a)
         saved += u
     y = s.outs[last]
-    ends = [_end_bytes(spec.units[last].plan, s.ins[-1], y, last > 0)]
+    ends = [_end_bytes(spec.units[last].plan, s.ins[-1], y, last > 0, y)]  # in the pass that forms dz
     if s.projected:
-        ends.append(_end_bytes(spec.units[-1].plan, s.x, y, False))
+        ends.append(_end_bytes(spec.units[-1].plan, s.x, y, False, 2 * y))
     for end in ends:
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward, saved + end.saved
     grams = sum(u.plan == "gram" for u in spec.units)
@@ -185,8 +199,8 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
     bwd += (2 * y + s.mask) if spec.relu else y
-    if s.shortcut:
-        bwd += s.x if last > 0 and not s.projected else 3 * s.x
+    if s.shortcut:  # a 1x1 convolution's dgrad adds the identity's gradient
+        bwd += s.x if last > 0 and not s.projected and s.pointwise else 3 * s.x
     return Bytes(fwd, bwd, saved)
 
 
