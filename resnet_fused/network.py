@@ -171,7 +171,7 @@ class Comparison:
             return {"eager": list(map(get, self.eager))} | {m: list(map(get, self.ours[m])) for m in MEMORIES}
 
         passes, unique = columns(lambda step: step.moved.passes), columns(lambda step: step.moved.unique)
-        passes["torch.compile"] = [stage.moved for stage in self.compiled]
+        passes = {"eager": passes["eager"], "torch.compile": [stage.moved for stage in self.compiled]} | passes
         for memory in MEMORIES:
             passes[f"{memory}, k x k"] = [stage.moved for stage in self.on_kernels[memory]]
             unique[f"{memory}, k x k"] = self.unique_on_kernels(memory)
