@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, counting, evaluate, kernels, models
+from . import __version__, costs, counting, evaluate, kernels, models, network, units
 from .console import explanation_table, make_console, make_table
 from .data import mnist_5k
 from .ops.pointwise import as_on_a_gpu
@@ -63,13 +63,17 @@ def info(args: argparse.Namespace) -> int:
     print(f"cuda backend  {_gpus() if cuda else 'not built'}")
     if args.kernels is not None:
         _print_kernels(args.kernels)
-    if args.traffic:
+    if args.traffic and args.model:
+        _print_network(args.model, args.batch, args.size)
+    elif args.traffic:
         _print_traffic()
     return 0
 
 
 def explain(args: argparse.Namespace) -> int:
     """How each unit of a network runs, and why."""
+    if args.units:
+        return _explain_units(args)
     from .explain import explain as explain_model
 
     device, dtype = _device(args), DTYPES[args.dtype]
@@ -80,6 +84,15 @@ def explain(args: argparse.Namespace) -> int:
         explanation = explain_model(model, x)
     title = f"{args.model}, {'training' if args.training else 'inference'}, {args.dtype}"
     make_console().print(explanation_table(explanation, title))
+    return 0
+
+
+def _explain_units(args: argparse.Namespace) -> int:
+    if args.model not in network.MODELS or DTYPES[args.dtype] == torch.float32:
+        raise ValueError("--units takes a ResNet and a 16-bit --dtype, for which there are matrix kernels")
+    trace = units.trace(args.model, args.batch, args.size, args.memory, DTYPES[args.dtype], args.arch)
+    _print_plain(trace.columns, trace.cells(), left=4)
+    print(trace)
     return 0
 
 
@@ -152,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--traffic", action="store_true", help="the bytes that blocks move in a training step, by two counts"
     )
+    sub.add_argument("--model", choices=network.MODELS, help="with --traffic: of a whole network, by stage")
+    sub.add_argument("--batch", type=_positive_int, default=256)
+    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
 
     sub = with_device(command("explain", explain))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
@@ -160,6 +176,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--training", action="store_true", help="with batch statistics and gradients")
     sub.add_argument("--as-on-a-gpu", action="store_true", help="plan for the kernels (16-bit types)")
+    sub.add_argument(
+        "--units", action="store_true", help="every kernel of a training step on a GPU: plan, cost and what binds it"
+    )
+    sub.add_argument("--memory", choices=network.MEMORIES, default="lean", help="with --units")
+    sub.add_argument(
+        "--arch", type=int, choices=costs.MACHINES, default=80, help="with --units: its compute capability"
+    )
 
     sub = with_device(command("train", train_command))
     sub.add_argument("recipe", choices=RECIPES, nargs="?", default="mnist")
@@ -254,20 +277,32 @@ def _print_traffic() -> None:
     _print_table(title, counting.COLUMNS, counting.comparison())
 
 
+def _print_network(model: str, batch: int, size: int) -> None:
+    for title, columns, rows in network.Comparison.of(model, batch, size).tables():
+        _print_table(f"{model}, a training step in bf16 of {batch} images at {size}: GiB {title}", columns, rows)
+
+
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """By rich where it is installed, else in plain columns."""
     try:
         table = make_table(*columns, title=title)
     except ImportError:
-        lines = [columns, *rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for first, *others in lines:
-            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-            print("  ".join([first.ljust(widths[0]), *cells]))
-        return
+        return _print_plain(columns, rows)
     for row in rows:
         table.add_row(*row)
     make_console().print(table)
+
+
+def _print_plain(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """The first `left` columns are words."""
+    lines = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
 
 
 def _gpus() -> str:

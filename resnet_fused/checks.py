@@ -29,7 +29,7 @@ def fallback_reason(x: Tensor, has_norm: bool = True) -> str | None:
         return "no batch dimension"  # which a convolution takes and a batch norm does not
     if x.dtype.is_complex:
         return f"{x.dtype} has no kernel"
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda", "meta"):  # of meta tensors the ops give the shapes
         return f"device {x.device.type} has no kernel"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform"

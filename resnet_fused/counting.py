@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,37 +19,75 @@ from .recorder import recording
 from .traffic import block_bytes, compile_bytes, sizes_of
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the bytes of every op's tensor inputs, each once, and of its outputs."""
+class Moved(NamedTuple):
+    """Bytes that a run moves, by both counts."""
+
+    passes: int  # each op's tensors as often as `traffic.py` says that it goes over them
+    unique: int  # each op's tensors once
+
+    def __add__(self, other: Moved) -> Moved:  # type: ignore[override]
+        return Moved(self.passes + other.passes, self.unique + other.unique)
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the bytes of every op's tensor inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.moved = Moved(0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "resnet_fused" and func._opname in residual_block.COMPOSITIONS:
             with self:  # the ops that it is composed of are what moves bytes
                 return residual_block.COMPOSITIONS[func._opname](*args)
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and func._opname not in _MOVE_NOTHING:
-            self.bytes += _bytes(out) + (0 if func._opname in _READ_NOTHING else _bytes((args, kwargs)))
+        if func is torch.ops.aten.convolution.default and out.is_meta:  # which forgets the layout
+            out = out.contiguous(memory_format=torch.channels_last)
+        if _moves(func, args, out):
+            once = _bytes(out) + (0 if func._opname in _READ_NOTHING else _bytes((args, kwargs)))
+            again = sum((times - 1) * _bytes(args[i]) for i, times in _reads(func._opname, args).items())
+            self.moved += Moved(once + again, once)
         return out
 
 
 _READ_NOTHING = ("new_full", "new_zeros", "new_ones", "full_like", "zeros_like", "ones_like")
-_MOVE_NOTHING = ("empty", "empty_like", "new_empty", "detach", "_unsafe_view", "_reshape_alias")
+_MOVE_NOTHING = ("empty", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "_reshape_alias")
+# How often an op goes over an argument, by its number, where that is not once.
+_READS = {
+    "native_batch_norm": {0: 2},
+    "native_batch_norm_backward": {0: 2, 1: 2},
+    "max_pool2d_with_indices_backward": {1: 0},
+}
+
+
+def _moves(func: Any, args: Any, out: Any) -> bool:
+    if func._opname == "contiguous":  # a view or a copy
+        return where(out) != where(args[0])
+    return not func.is_view and func._opname not in _MOVE_NOTHING
+
+
+def _reads(op: str, args: Any) -> dict[int, int]:
+    if op == "convolution_backward":
+        need_dx, need_dw, _ = args[-1]
+        return {0: int(need_dx) + int(need_dw), 1: int(need_dw), 2: int(need_dx)}
+    return _READS.get(op, {})
 
 
 def _bytes(tree: Any) -> int:
-    tensors = {t.data_ptr(): t for t in tree_leaves(tree) if isinstance(t, Tensor)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    tensors = {where(t): t for t in tree_leaves(tree) if isinstance(t, Tensor)}
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors.values())  # expanded
 
 
-def counted(run: Callable[[], Any]) -> int:
-    """Bytes of the inputs and outputs of all ops that `run` calls, forward or backward."""
-    with torch.autograd.set_multithreading_enabled(False), _Counter() as counter:
-        run()
-    return counter.bytes
+def where(t: Tensor) -> tuple[int, int]:
+    """Where a tensor begins, also one on the meta device, which has no addresses."""
+    return t.untyped_storage()._cdata, int(t.storage_offset())
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Counts what runs within it, forward or backward."""
+    with torch.autograd.set_multithreading_enabled(False), Counter() as counter:
+        yield counter
 
 
 COLUMNS = ("block", "count", "eager", "torch.compile", "ours, ATen", "ours, kernels")
@@ -97,9 +136,11 @@ def _compare(name: str, block: nn.Module, x: Tensor, stride: int) -> list[tuple[
 
 
 def _step(block: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Counted bytes of (forward, backward)."""
+    """Counted bytes of (forward, backward), each op's inputs and outputs once."""
     x = x.detach().requires_grad_()
-    outputs: list[Tensor] = []
-    forward = counted(lambda: outputs.append(block(x)))
-    dy = torch.ones_like(outputs[0])
-    return forward, counted(lambda: outputs[0].backward(dy))
+    with counting() as forward:
+        y = block(x)
+    dy = torch.ones_like(y)
+    with counting() as backward:
+        y.backward(dy)
+    return forward.moved.unique, backward.moved.unique

@@ -17,7 +17,7 @@ from . import reference
 from .checks import broadcasts, check_memory, check_unit, fallback_reason
 from .ops.aten import Geometry
 from .ops.block import BlockSpec, UnitSpec
-from .ops.layout import acc_dtype
+from .ops.layout import acc_dtype, autocast_type
 from .ops.pointwise import matrix_kernels_take
 from .ops.residual_block import ResidualBlock, encode
 from .planner import plan_units
@@ -131,7 +131,7 @@ def _kind(shortcut: object) -> str:
 def _autocast(x: Tensor, units: list[ConvBN], shortcut: object) -> tuple[Tensor, list[ConvBN], Tensor | None]:
     """Under autocast the operands take its dtype, as eager's convolutions do."""
     residual = shortcut if isinstance(shortcut, Tensor) else None
-    device = x.device.type
+    device = autocast_type(x)
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         units = [replace(u, weight=u.weight.to(dtype)) for u in units]

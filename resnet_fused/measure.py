@@ -10,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple, cast
@@ -63,19 +64,31 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = (), l
     The storages of `exclude` (parameters and buffers, which are there anyway) do not count, nor do those of fewer
     than `least` bytes.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     kept: dict[int, int] = {}
+    with keeping(kept, exclude, least):
+        output = forward()  # alive until the count is taken, so no storage comes twice
+    del output
+    return sum(kept.values())
+
+
+@contextmanager
+def keeping(kept: dict[int, int], exclude: Iterable[Tensor] = (), least: int = 0) -> Iterator[None]:
+    """Within it, the storages that are saved for backward go into `kept` with their bytes, but for those that
+    `saved_bytes` leaves out. They may be on the meta device."""
+
+    def identity(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    known = set(map(identity, exclude))
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and storage.nbytes() >= least:
-            kept[storage.data_ptr()] = storage.nbytes()
+        size = tensor.untyped_storage().nbytes()
+        if identity(tensor) not in known and size >= least:
+            kept[identity(tensor)] = size
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # alive until the count is taken, so no address comes twice
-    del output
-    return sum(kept.values())
+        yield
 
 
 def training_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:

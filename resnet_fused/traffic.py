@@ -34,14 +34,19 @@ class Bytes(NamedTuple):
     def moved(self) -> float:
         return self.forward + self.backward
 
+    def plus(self, other: Bytes) -> Bytes:
+        return Bytes(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 class Sizes(NamedTuple):
     """Bytes of a block's activations."""
 
     x: int
+    strided: int  # of the pixels of x that a projection reads
     outs: list[int]  # of each chain unit's raw output, equal to its activation's
     shortcut: int  # 0 without a shortcut
     projected: bool
+    pointwise: bool  # whether the first unit is a 1x1 convolution
     mask: float
 
     @property
@@ -56,9 +61,17 @@ def sizes_of(x_shape: tuple[int, ...], itemsize: int, units: tuple, spec: BlockS
         shape = unit.geometry.out_shape(shape, unit.weight.shape)
         outs.append(math.prod(shape) * itemsize)
     n, k, p, q = shape
+    rows, columns = spec.units[-1].geometry.stride
     mask = 4 * math.ceil(k / 32) * n * p * q if spec.relu else 0
-    return Sizes(math.prod(x_shape) * itemsize, outs, 0 if spec.shortcut == "none" else outs[-1],
-                 spec.shortcut == "projection", mask)  # fmt: skip
+    return Sizes(
+        x=math.prod(x_shape) * itemsize,
+        strided=x_shape[0] * x_shape[1] * math.ceil(x_shape[2] / rows) * math.ceil(x_shape[3] / columns) * itemsize,
+        outs=outs,
+        shortcut=0 if spec.shortcut == "none" else outs[-1],
+        projected=spec.shortcut == "projection",
+        pointwise=tuple(units[0].weight.shape[2:]) == (1, 1),
+        mask=mask,
+    )
 
 
 def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
@@ -121,6 +134,9 @@ def kernel_bytes(s: Sizes, spec: BlockSpec, on_kernels: list[bool]) -> Bytes:
     grams = sum(u.plan == "gram" for u in spec.units)
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
+    if s.projected and grams == 1:  # the two ends have no product in common: one's output is the other's residual
+        gram = spec.units[-1].plan == "gram"  # a product of its own, of a strided input's copy, or a batch norm's pass
+        fwd += ((3 if s.strided < s.x else 1) * s.strided + y) if gram else 2 * y
     if s.projected:
         end = _kernel_end(spec.units[-1].plan, s.x, y, s.mask, on_kernels[-1], False)
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward + s.x, saved + end.saved
@@ -147,14 +163,15 @@ def _kernel_end(plan: str, a: float, u: float, mask: float, kernel: bool, inner:
     return Bytes(forward, backward, u if plan == "keep" else 0)
 
 
-def _end_bytes(plan: str, a: float, u: float, prologue: bool) -> Bytes:
-    """An end unit before the join, and its backward after dz; `a` is its operand's size, `u` its output's."""
+def _end_bytes(plan: str, a: float, u: float, prologue: bool, sums: float) -> Bytes:
+    """An end unit before the join, and its backward after dz; `a` is its operand's size, `u` its output's, `sums` what
+    the two sums of its batch norm read beside what forms dz."""
     operand = 2 * a if prologue else 0  # read the raw output, write the activation
     if plan == "gram":
         operand = 2 * a
         forward = operand + 2 * a  # the Gram product reads its operand on both sides
         return Bytes(forward, operand + (a + u) + (u + a) + 3 * a, 0)
-    backward = operand + 2 * u + 3 * u + (u + a) + (u + a)
+    backward = operand + sums + 3 * u + (u + a) + (u + a)
     if plan == "recompute":
         backward += a + u
     return Bytes(operand + (a + u) + u, backward, u if plan == "keep" else 0)
@@ -171,9 +188,9 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
         bwd += 2 * u + 3 * u + operand + (u + a) + (u + a)
         saved += u
     y = s.outs[last]
-    ends = [_end_bytes(spec.units[last].plan, s.ins[-1], y, last > 0)]
+    ends = [_end_bytes(spec.units[last].plan, s.ins[-1], y, last > 0, y)]  # in the pass that forms dz
     if s.projected:
-        ends.append(_end_bytes(spec.units[-1].plan, s.x, y, False))
+        ends.append(_end_bytes(spec.units[-1].plan, s.x, y, False, 2 * y))
     for end in ends:
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward, saved + end.saved
     grams = sum(u.plan == "gram" for u in spec.units)
@@ -181,14 +198,19 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
     bwd += (2 * y + s.mask) if spec.relu else y
-    if s.shortcut:
-        bwd += s.x if last > 0 and not s.projected else 3 * s.x
+    if s.shortcut:  # a 1x1 convolution's dgrad adds the identity's gradient
+        bwd += s.x if last > 0 and not s.projected and s.pointwise else 3 * s.x
     return Bytes(fwd, bwd, saved)
+
+
+def block_sizes(call: Any) -> Sizes:
+    """Of a recorded call of a block."""
+    return sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
 
 
 def block_bytes(call: Any) -> tuple[Bytes, Bytes]:
     """(eager, ours) of a recorded call."""
-    sizes = sizes_of(call.x_shape, call.dtype.itemsize, call.units, call.spec)
+    sizes = block_sizes(call)
     if call.kernels and any(on_kernels := units_on_kernels(call)):
         return eager_bytes(sizes, call.spec), kernel_bytes(sizes, call.spec, on_kernels)
     return eager_bytes(sizes, call.spec), fused_bytes(sizes, call.spec)
@@ -201,12 +223,38 @@ def units_on_kernels(call: Any) -> list[bool]:
     return [own.kernel != "aten" for own in routes]
 
 
+class StemSizes(NamedTuple):
+    """Bytes of batch norm + ReLU + max pool on u [N, C, H, W], and how many elements come out."""
+
+    u: int
+    y: int
+    pooled: int
+
+    @classmethod
+    def of(cls, call: Any) -> StemSizes:
+        (n, c, h, w), pool = call.x_shape, call.spec
+        pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
+        return cls(n * c * h * w * call.dtype.itemsize, pooled * call.dtype.itemsize, pooled)
+
+
 def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:
-    """(eager, ours) of batch norm + ReLU + max pool on u [N, C, H, W]; the argmax is int64 there and int8 here."""
-    n, c, h, w = call.x_shape
-    pool = call.spec
-    pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
-    u, p = math.prod(call.x_shape) * call.dtype.itemsize, pooled * call.dtype.itemsize
+    """(eager, ours) of the stem's tail; the argmax is int64 there and int8 here."""
+    u, p, pooled = StemSizes.of(call)
     eager = Bytes(3 * u + 2 * u + (u + p + 8 * pooled), (p + 8 * pooled + u) + 3 * u + 5 * u, 2 * u + 8 * pooled)
     ours = Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
     return eager, ours
+
+
+def stem_tail(call: Any, compiled: bool) -> Bytes:
+    """torch.compile's, with an int8 argmax; or ours with the statistics in the convolution's epilogue and the pool's
+    backward in both passes of the batch norm's."""
+    u, p, pooled = StemSizes.of(call)
+    if compiled:
+        return Bytes(u + 2 * u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, 2 * u + pooled)
+    return Bytes(u + p + pooled, (p + pooled + u) + (p + pooled + u) + u, u + pooled)
+
+
+def conv_bytes(image: float, call: Any) -> Bytes:
+    """The stem's convolution, `call` being its tail's: of `image` bytes, which have no gradient."""
+    u = StemSizes.of(call).u
+    return Bytes(image + u, u + image, image)

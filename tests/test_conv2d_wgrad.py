@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import conv2d_wgrad_cases
 import torch
+import wgrad_cases
 from device import Device
 from op_cases import activation, ops, vector
 from pointwise_cases import Arguments, activated, assert_refused, compare, dtypes, mask_of, scale
 from ptx import Module, Stats, compilers
-from conv2d_wgrad_cases import TILES
 from test_conv1x1 import BACKWARD, backward
 from torch import Tensor
+from wgrad_cases import TILES
 
 from resnet_fused import kernels, plans
 from resnet_fused.plans import Step
@@ -161,12 +161,12 @@ def module(source: str) -> Module:
 
 def run(q: dict[str, Any], kernel: str, tile: int, seed: int = 0) -> tuple[dict[str, Tensor], list[tuple[Step, Stats]]]:
     torch.manual_seed(seed)
-    tensors = conv2d_wgrad_cases.tensors(q, kernel)
-    plan = conv2d_wgrad_cases.plan(q, kernel, tile, 80, tensors)
+    tensors = wgrad_cases.tensors(q, kernel)
+    plan = wgrad_cases.plan(q, kernel, tile, 80, tensors)
     assert plan.reason == ""
     tensors["workspace"] = torch.full((plan.workspace,), torch.nan)
     steps = []
-    for i, step in enumerate(conv2d_wgrad_cases.plan(q, kernel, tile, 80, tensors).steps):
+    for i, step in enumerate(wgrad_cases.plan(q, kernel, tile, 80, tensors).steps):
         stats = module(step.source).launch(
             step.symbol, step.grid, step.block, [step.params], step.smem, seed + i, buffers=tensors.values()
         )
@@ -174,10 +174,10 @@ def run(q: dict[str, Any], kernel: str, tile: int, seed: int = 0) -> tuple[dict[
     return tensors, steps
 
 
-@pytest.mark.parametrize("dtype", conv2d_wgrad_cases.DTYPES)
-@pytest.mark.parametrize("kernel", conv2d_wgrad_cases.KERNELS)
+@pytest.mark.parametrize("dtype", wgrad_cases.DTYPES)
+@pytest.mark.parametrize("kernel", wgrad_cases.KERNELS)
 def test_tiles_agree(kernel: str, dtype: str) -> None:
-    q = conv2d_wgrad_cases.problem((1, 136, 17, 19), 72, conv2d_wgrad_cases.DTYPES[dtype])
+    q = wgrad_cases.problem((1, 136, 17, 19), 72, wgrad_cases.DTYPES[dtype])
     expected = None
     for tile, name in reversed(list(enumerate(TILES, 1))):
         tensors, steps = run(q, kernel, tile)
@@ -193,7 +193,7 @@ def test_tiles_agree(kernel: str, dtype: str) -> None:
 def test_fewer_rows_of_the_kernel_at_a_time(size: tuple[int, int, int], dilation: int, tile: int) -> None:
     """Where the rows between a kernel's first and last do not fit: more batches, the same result."""
     n, h, w = size
-    q = conv2d_wgrad_cases.problem((n, 8, h, w), 8, torch.bfloat16, dilation=dilation, padding=dilation)
+    q = wgrad_cases.problem((n, 8, h, w), 8, torch.bfloat16, dilation=dilation, padding=dilation)
     tensors, steps = run(q, "conv2d_wgrad", tile)
     assert steps[0][0].grid[0] > 1
     dy, x = (tensors[name].double().view(n, h, w, 8).permute(0, 3, 1, 2) for name in ("dy", "x"))
@@ -202,11 +202,11 @@ def test_fewer_rows_of_the_kernel_at_a_time(size: tuple[int, int, int], dilation
     assert (tensors["dw"].double() - wanted).norm() <= 0.003 * wanted.norm()
 
 
-@pytest.mark.parametrize(("kernel", "tile"), [(k, t) for k in conv2d_wgrad_cases.KERNELS for t in range(1, len(TILES) + 1)])
+@pytest.mark.parametrize(("kernel", "tile"), [(k, t) for k in wgrad_cases.KERNELS for t in range(1, len(TILES) + 1)])
 def test_memory(kernel: str, tile: int) -> None:
     """Each operand comes from memory once, partial sums go there and back once, and no banks conflict."""
     for shape, k in (((2, 64, 14, 14), 64), ((1, 136, 13, 11), 72), ((4, 40, 7, 7), 24)):
-        q = conv2d_wgrad_cases.problem(shape, k, torch.bfloat16)
+        q = wgrad_cases.problem(shape, k, torch.bfloat16)
         tensors, steps = run(q, kernel, tile)
         read: Counter[str] = Counter()
         written: Counter[str] = Counter()
@@ -226,7 +226,7 @@ def test_memory(kernel: str, tile: int) -> None:
 
 def test_reads_from_l2() -> None:
     """A block reads its tile of dy, and of x besides that what its first rows share with the split before."""
-    q = conv2d_wgrad_cases.problem((4, 128, 28, 28), 128, torch.bfloat16)
+    q = wgrad_cases.problem((4, 128, 28, 28), 128, torch.bfloat16)
     _, ((step, stats), _) = run(q, "conv2d_wgrad", 1)
     pixels, splits = 4 * 28 * 28, step.grid[1]
     assert step.grid[0] == 4  # of 64 x 64 channels
@@ -249,7 +249,7 @@ def test_share_of_the_tensor_cores(kernel: str, least: int) -> None:
     """Of the instructions that more pixels take, in percent; registers are moved in PTX only."""
     counts = []
     for images in (3, 9):
-        q = conv2d_wgrad_cases.problem((images, 64, 7, 7), 64, torch.bfloat16)
+        q = wgrad_cases.problem((images, 64, 7, 7), 64, torch.bfloat16)
         _, ((step, stats), _) = run(q, kernel, 1)
         assert step.grid == (1, 1, 1)
         every = sum(n for kind, n in stats.instructions.items() if kind != "move")
@@ -260,8 +260,8 @@ def test_share_of_the_tensor_cores(kernel: str, least: int) -> None:
 
 @pytest.mark.parametrize("arch", kernels.ARCHES)
 def test_machine_code(arch: str) -> None:
-    found = {kernel.symbol: kernel for kernel in kernels.compile_source(conv2d_wgrad_cases.SOURCE, arch)}
-    assert len(found) == len(conv2d_wgrad_cases.KERNELS) * len(TILES) * len(conv2d_wgrad_cases.DTYPES)
+    found = {kernel.symbol: kernel for kernel in kernels.compile_source(wgrad_cases.SOURCE, arch)}
+    assert len(found) == len(wgrad_cases.KERNELS) * len(TILES) * len(wgrad_cases.DTYPES)
     for symbol, kernel in found.items():
         assert (kernel.stack, kernel.spills) == (0, 0), symbol
         assert {"HMMA", "LDGSTS", "LDSM"} <= {opcode.split(".")[0] for opcode in kernel.opcodes}, symbol
@@ -276,7 +276,7 @@ def test_machine_code(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])
 def test_common_problems_fit(arch: int) -> None:
-    for kernel in conv2d_wgrad_cases.KERNELS:
+    for kernel in wgrad_cases.KERNELS:
         for shape, k, geometry in (
             ((256, 64, 56, 56), 64, {}),
             ((256, 128, 56, 56), 128, {"stride": 2}),
@@ -287,7 +287,7 @@ def test_common_problems_fit(arch: int) -> None:
             ((8, 2048, 33, 33), 256, {"dilation": 12, "padding": 12}),
             ((64, 96, 112, 112), 96, {"kernel": (7, 7), "padding": 3, "stride": 2}),
         ):
-            plan = conv2d_wgrad_cases.plan(conv2d_wgrad_cases.problem(shape, k, torch.bfloat16, **geometry), kernel, 0, arch)
+            plan = wgrad_cases.plan(wgrad_cases.problem(shape, k, torch.bfloat16, **geometry), kernel, 0, arch)
             assert plan.reason == "", (kernel, shape, geometry)
             step = plan.steps[0]
             assert step.smem <= (163 if arch in (80, 90) else 99) * 1024
@@ -295,8 +295,8 @@ def test_common_problems_fit(arch: int) -> None:
 
 
 def test_a_problem_that_fits_nowhere() -> None:
-    q = conv2d_wgrad_cases.problem((1, 64, 8, 10_000), 64, torch.bfloat16)
-    reason = conv2d_wgrad_cases.plan(q, "conv2d_wgrad").reason
+    q = wgrad_cases.problem((1, 64, 8, 10_000), 64, torch.bfloat16)
+    reason = wgrad_cases.plan(q, "conv2d_wgrad").reason
     assert reason == ("conv2d_wgrad: rows of 10000 pixels do not fit into the shared memory of compute capability 8.0")
 
 
@@ -314,8 +314,8 @@ def test_a_problem_that_fits_nowhere() -> None:
     ],
 )
 def test_what_the_plan_refuses(changes: dict[str, Any], message: str) -> None:
-    q = conv2d_wgrad_cases.problem((2, 16, 5, 7), 16, torch.bfloat16) | changes
-    assert message in plans.plan(conv2d_wgrad_cases.OP, q, 80, dict.fromkeys(("dy", "x", "dw"), 4096)).reason
+    q = wgrad_cases.problem((2, 16, 5, 7), 16, torch.bfloat16) | changes
+    assert message in plans.plan(wgrad_cases.OP, q, 80, dict.fromkeys(("dy", "x", "dw"), 4096)).reason
 
 
 X = activation(2, 16, 9, 7, torch.bfloat16)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import gemm_cases
 import pytest
-import conv2d_wgrad_cases
 import torch
+import wgrad_cases
 from gemm_cases import GEMMS, Gemm
 
 from resnet_fused import console, data, kernels, plans
@@ -65,10 +65,10 @@ def all_steps() -> Iterator[Step]:
                 wide = [{"wide": 1}] if gemm.op == "conv1x1_wgrad" else []
                 for changed in [{}, *wide]:
                     yield from gemm.plan({**problem, **changed}, 80).steps
-    for dtype in conv2d_wgrad_cases.DTYPES.values():
-        for name in conv2d_wgrad_cases.KERNELS:
-            for tile in range(1, len(conv2d_wgrad_cases.TILES) + 1):
-                yield from conv2d_wgrad_cases.plan(taps_cases.problem((8, 128, 56, 56), 256, dtype), name, tile).steps
+    for dtype in wgrad_cases.DTYPES.values():
+        for name in wgrad_cases.KERNELS:
+            for tile in range(1, len(wgrad_cases.TILES) + 1):
+                yield from wgrad_cases.plan(wgrad_cases.problem((8, 128, 56, 56), 256, dtype), name, tile).steps
 
 
 def plans_sizes(op: str) -> dict[str, int]:

@@ -41,3 +41,8 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def mask_shape(c: int, m: int) -> tuple[int, int]:
     """Shape of the int32 bit panels that hold relu' of an [M, C] activation: [ceil(C/32), M]."""
     return ((c + 31) // 32, m)
+
+
+def autocast_type(x: Tensor) -> str:
+    """The device type by which autocast knows x: on the meta device, which it does not know, the CPU's."""
+    return "cpu" if x.is_meta else x.device.type

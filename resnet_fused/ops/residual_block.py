@@ -20,7 +20,7 @@ from . import block, kernel_block
 from .aten import Geometry
 from .autograd import forbid_gradients
 from .block import PLANS, BlockSpec, UnitParams, UnitSpec
-from .layout import acc_dtype, empty_nhwc, laid_out_as, mask_shape, to_nhwc
+from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, mask_shape, to_nhwc
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _CONFIG = "int[] geometry, float[] eps, str shortcut, bool relu"
@@ -61,7 +61,7 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     spec = decode(geometry, eps, shortcut, relu, save)
     params = _params(weights, gammas, betas, means, vars)
-    with torch.autocast(x.device.type, enabled=False):  # the small matrix products stay in fp32
+    with torch.autocast(autocast_type(x), enabled=False):  # the small matrix products stay in fp32
         x, residual = to_nhwc(x), None if residual is None else to_nhwc(residual)
         engine = kernel_block if kernel_block.serves(params, spec, x, residual) else block
         y, stats, saved = engine.forward(x, residual, params, spec)
@@ -106,7 +106,7 @@ def _backward(
     spec = decode(geometry, eps, shortcut, relu, True)
     params = _params(weights, gammas, betas, means, vars)
     norms = block.norms_of(params, stats, spec)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_type(x), enabled=False):
         x, dy = to_nhwc(x), to_nhwc(dy)
         engine = kernel_block if kernel_block.serves(params, spec, x, dy) else block
         grads = engine.backward(dy, x, params, norms, saved, spec, block.Needs(needs_x, needs_weight))
