@@ -310,6 +310,8 @@ def test_a_problem_that_fits_nowhere() -> None:
         ({"N": 0}, "no pixels to sum over"),
         ({"N": 2**26, "H": 64}, "2^31 pixels or more"),
         ({"R": 0}, "there is nothing to convolve"),
+        ({"R": 9, "S": 11}, "the kernel is larger than the image"),
+        ({"stride_w": 17}, "strides are 1 to 16 across"),
         ({"tile": 4}, "tile 4 does not exist, there are 3"),
     ],
 )

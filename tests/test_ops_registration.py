@@ -18,6 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 STEPS = (
     "relu_mask", "gram_operand", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_pool_backward",
     "conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand", "expand_dgrad",
+    "conv2d", "conv2d_bn_act", "conv2d_dgrad", "conv2d_wgrad",
 )  # fmt: skip
 
 
@@ -152,6 +153,47 @@ def conv1x1_wgrad_samples(dtype: torch.dtype) -> list[tuple]:
     ]
 
 
+def kernel(k: int, c: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(k, c, 3, 2).to(dtype).to(memory_format=torch.channels_last)
+
+
+SAME, GROUPED = [1, 1, 1, 1, 1, 2, 1], [2, 2, 2, 0, 2, 1, 2]  # of 5 x 4 pixels: 5 x 4, and 3 x 2
+
+
+def conv2d_samples(dtype: torch.dtype) -> list[tuple]:
+    x, affine = activation(24, dtype), vectors(2, 24, dtype)
+    return [
+        (x, kernel(40, 24, dtype), *affine, SAME, True),
+        (x, kernel(40, 12, dtype), None, None, GROUPED, False),
+    ]
+
+
+def conv2d_bn_act_samples(dtype: torch.dtype) -> list[tuple]:
+    x, (s, t) = activation(24, dtype), vectors(2, 40, dtype)
+    return [
+        (x, kernel(40, 24, dtype), *vectors(2, 24, dtype), SAME, s, t, activation(40, dtype), True, True),
+        (x, kernel(40, 12, dtype), None, None, GROUPED, s, t, None, False, False),
+    ]
+
+
+def conv2d_dgrad_samples(dtype: torch.dtype) -> list[tuple]:
+    x, none, gate = activation(24, dtype), (None,) * 4, (activation(24, dtype), *vectors(3, 24, dtype))
+    w, grouped = kernel(40, 24, dtype), kernel(40, 12, dtype)
+    return [
+        (*plain_dy(40, dtype), w, 5, 4, SAME, None, None, *none),
+        (*bn_backward(40, dtype, True), w, 5, 4, SAME, None, None, *gate),
+        (*bn_backward(40, dtype, False, h=3, w=2), grouped, 5, 4, GROUPED, x, OPS.relu_mask(x), *none),
+    ]
+
+
+def conv2d_wgrad_samples(dtype: torch.dtype) -> list[tuple]:
+    x = activation(24, dtype)
+    return [
+        (*bn_backward(40, dtype, True), x, *vectors(2, 24, dtype), [3, 2], SAME),
+        (*plain_dy(40, dtype, h=3, w=2), x, None, None, [3, 2], GROUPED),
+    ]
+
+
 def gram_samples(dtype: torch.dtype) -> list[tuple]:
     x, (scale, shift, center) = activation(24, dtype), vectors(3, 24, dtype)
     return [(x, scale, shift, center, 1), (x, None, None, center, 2)]
@@ -185,6 +227,10 @@ POINTWISE = {
     "gram": gram_samples,
     "expand": expand_samples,
     "expand_dgrad": expand_dgrad_samples,
+    "conv2d": conv2d_samples,
+    "conv2d_bn_act": conv2d_bn_act_samples,
+    "conv2d_dgrad": conv2d_dgrad_samples,
+    "conv2d_wgrad": conv2d_wgrad_samples,
 }
 
 

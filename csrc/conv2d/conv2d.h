@@ -85,6 +85,9 @@ struct Conv2dWgradProblem {
   int32_t tile;
 };
 
+// False, with the plan's reason set, where a shape has no output.
+bool check_shape(Plan& plan, const char* op, const ConvShape& shape);
+
 Plan plan_conv2d(const Conv2dProblem& problem, int arch);
 Plan plan_conv2d_bn_act(const Conv2dBnActProblem& problem, int arch);
 Plan plan_conv2d_dgrad(const Conv2dDgradProblem& problem, int arch);

@@ -12,8 +12,18 @@ int64_t out_pixels(const ConvShape& q) { return q.N * q.P() * q.Q(); }
 
 }  // namespace
 
+bool check_shape(Plan& plan, const char* op, const ConvShape& q) {
+  if (std::min({q.K, q.C, q.R, q.S, q.stride_h, q.stride_w, q.dilation_h, q.dilation_w, q.groups}) < 1 ||
+      std::min(q.padding_h, q.padding_w) < 0) {
+    return refuse(plan, "%s: there is nothing to convolve", op), false;
+  }
+  if (q.P() < 1 || q.Q() < 1) return refuse(plan, "%s: the kernel is larger than the image", op), false;
+  return true;
+}
+
 Plan plan_conv2d(const Conv2dProblem& q, int arch) {
   Plan plan{};
+  if (!check_shape(plan, "conv2d", q.shape)) return plan;
   const int64_t M = out_pixels(q.shape);
   if (!check_gemm(plan, "conv2d", q.dtype, arch, {M, in_pixels(q.shape)}, {q.shape.C, q.shape.K},
                   {q.x, q.weight, q.out})) {
@@ -23,14 +33,15 @@ Plan plan_conv2d(const Conv2dProblem& q, int arch) {
   const Taps taps = fprop_taps(plan, "conv2d", q.shape, arch, q.x, q.weight, q.scale, q.tile);
   if (!taps.tile) return plan;
   if (q.mean) plan.workspace = taps.row_tiles * 2 * q.shape.K;
-  add_taps(plan, kFprop, "conv2d_fprop", q.dtype, taps, Affine{q.scale, q.shift},
-           StoreStats{q.out, q.mean ? q.workspace : nullptr});
+  add_taps(plan, kFprop, taps.source.stride == 1 ? "conv2d_fprop" : "conv2d_fprop_strided", q.dtype, taps,
+           Affine{q.scale, q.shift}, StoreStats{q.out, q.mean ? q.workspace : nullptr});
   if (q.mean) add_merge_stats(plan, q.workspace, q.mean, q.var, M, q.shape.K, *taps.tile);
   return plan;
 }
 
 Plan plan_conv2d_bn_act(const Conv2dBnActProblem& q, int arch) {
   Plan plan{};
+  if (!check_shape(plan, "conv2d_bn_act", q.shape)) return plan;
   const int64_t M = out_pixels(q.shape);
   if (!check_gemm(plan, "conv2d_bn_act", q.dtype, arch, {M, in_pixels(q.shape)}, {q.shape.C, q.shape.K},
                   {q.x, q.weight, q.residual, q.y})) {
@@ -39,13 +50,15 @@ Plan plan_conv2d_bn_act(const Conv2dBnActProblem& q, int arch) {
   if (M == 0) return plan;
   const Taps taps = fprop_taps(plan, "conv2d_bn_act", q.shape, arch, q.x, q.weight, q.scale, q.tile);
   if (!taps.tile) return plan;
-  add_taps(plan, kFprop, "conv2d_bn_act", q.dtype, taps, Affine{q.scale, q.shift},
+  add_taps(plan, kFprop, taps.source.stride == 1 ? "conv2d_bn_act" : "conv2d_bn_act_strided", q.dtype, taps,
+           Affine{q.scale, q.shift},
            AffineResidual{q.out_scale, nullptr, q.out_shift, q.residual, q.y, q.mask, q.relu});
   return plan;
 }
 
 Plan plan_conv2d_dgrad(const Conv2dDgradProblem& q, int arch) {
   Plan plan{};
+  if (!check_shape(plan, "conv2d_dgrad", q.shape)) return plan;
   const int64_t M = in_pixels(q.shape);
   if (!check_gemm(plan, "conv2d_dgrad", q.dtype, arch, {M, out_pixels(q.shape)}, {q.shape.C, q.shape.K},
                   {q.dy, q.backward.u, q.weight, q.addend, q.gate_u, q.dx})) {

@@ -180,9 +180,9 @@ void add_taps(Plan& plan, const Conv2dWgradProblem& q, const std::string& name, 
 Plan plan_conv2d_wgrad(const Conv2dWgradProblem& q, int arch) {
   Plan plan{};
   const ConvShape& s = q.shape;
-  if (std::min({s.K, s.C, s.R, s.S, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.groups}) < 1) {
-    return refuse(plan, "conv2d_wgrad: there is nothing to convolve"), plan;
-  }
+  if (!check_shape(plan, "conv2d_wgrad", s)) return plan;
+  if (s.stride_w > 16)
+    return refuse(plan, "conv2d_wgrad: strides are 1 to 16 across"), plan;  // Ring::inverse
   const int64_t M = s.N * s.P() * s.Q(),
                 padded = s.N * std::max(s.H + 2 * s.padding_h, s.W + 2 * s.padding_w);
   if (!check_gemm(plan, "conv2d_wgrad", q.dtype, arch, {M, s.N * s.H * s.W, padded},

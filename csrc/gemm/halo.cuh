@@ -43,99 +43,115 @@ __device__ inline Window window_of(const TapsSource& s, const TapsPhase& p, int 
 
 // Where a pixel of the halo lies, in pixels. With stride 2 a tap's outputs read every second pixel: even ones
 // and odd ones lie apart, so that those are neighbours.
-__device__ inline int halo_slot(int pixel, int stride, int halo) {
-  return stride == 1 ? pixel : (pixel >> 1) + (pixel & 1) * (halo >> 1);
+template <int kStride>
+__device__ int halo_slot(int pixel, int halo) {
+  return kStride == 1 ? pixel : (pixel >> 1) + (pixel & 1) * (halo >> 1);
 }
 
-// Copies and transforms the halo, round by round: in a round every thread has one 16-byte chunk. Four threads
-// share a pixel.
-template <class Prologue, int kThreads>
+// Where a thread stands in the rounds of a slice. In a round every thread has one 16-byte chunk of the halo;
+// four threads share a pixel.
+struct HaloCursor {
+  uint32_t at;  // the chunk's place in a buffer
+  int pixel;    // of the source
+  int slice;    // channels from the block's first
+  int left;     // rounds
+  uint32_t buffer, second;
+};
+
+// Copies and transforms the halo.
+template <class Prologue, int kThreads, int kStride>
 class HaloSource {
  public:
   static constexpr int kPixels = kThreads / 4;  // of a round
+  static constexpr uint32_t kStep = kPixels / kStride * kPixelBytes;
 
   __device__ HaloSource(const TapsSource& s, const typename Prologue::Params& p, const HaloBuffers& shared,
                         const Window& window, int first_channel, int end_channel, int thread)
-      : p_(p), pixels_(s.pixels), end_(end_channel), transforms_(s.transforms) {
-    // Of eight neighbouring pixels, a quarter of a warp takes two that are four apart: no bank conflict.
-    const int quad = thread / 4, pixel = (quad & ~7) | (quad & 7) >> 1 | (quad & 1) << 2;
+      : p_(p), s_(s) {
+    // A quarter of a warp takes two pixels that lie four apart in shared memory: no bank conflict.
+    constexpr int kApart = 4 * kStride;
+    const int quad = thread / 4, within = quad % (2 * kApart);
+    const int pixel = quad - within + within / 2 + quad % 2 * kApart;
     chunk_ = thread % 4;
-    pixel_ = window.lo + pixel;
-    limit_ = window.lo + window.count;
+    first_ = window.lo + pixel;
+    end_pixel_ = min(window.lo + window.count, s.pixels);
     channel_ = first_channel + 8 * chunk_;
-    own_ = halo_slot(pixel, s.stride, shared.halo) * kPixelBytes + 16 * chunk_;
-    step_ = kPixels / s.stride * kPixelBytes;
-    from_ = static_cast<const char*>(s.x) + (static_cast<int64_t>(pixel_) * s.C + channel_) * 2;
-    round_ = static_cast<int64_t>(kPixels) * s.C * 2;
+    end_ = end_channel;
+    own_ = halo_slot<kStride>(pixel, shared.halo) * kPixelBytes + 16 * chunk_;
     rounds_ = (window.count + kPixels - 1) / kPixels;
-    if constexpr (Prologue::kSecond) {
-      if (transforms_) {
-        second_ = static_cast<const char*>(Prologue::second(p)) - static_cast<const char*>(s.x);
-      }
-    }
+    from_ = static_cast<const char*>(s.x) + (static_cast<int64_t>(first_) * s.C + channel_) * 2;
   }
 
   __device__ int rounds() const { return rounds_; }
+  // At the first round of a slice.
+  __device__ HaloCursor begin(uint32_t buffer, uint32_t second, int slice) const {
+    return {own_, first_, slice, rounds_, buffer, second};
+  }
 
-  // Rounds `begin` to `end` of the slice whose first channel is `slice` channels behind the first.
-  __device__ void load(uint32_t buffer, uint32_t second, int slice, int begin, int end) const {
-    const int channel = channel_ + slice, bytes = channel < end_ ? 16 : 0;
-    const char* from = from_ + begin * round_ + slice * 2;
-    uint32_t to = own_ + begin * step_;
+  __device__ void load(HaloCursor& c, int rounds) {
+    const int channel = channel_ + c.slice, bytes = channel < end_ ? 16 : 0;
+    int64_t second = 0;
     const uint32_t* words = nullptr;
-    if constexpr (Prologue::kMask) {
-      if (transforms_ && Prologue::mask(p_) && bytes) {
-        words = Prologue::mask(p_) + static_cast<int64_t>(channel / kPanel) * pixels_;
+    if constexpr (Prologue::kSecond) {
+      if (s_.transforms) {
+        second = static_cast<const char*>(Prologue::second(p_)) - static_cast<const char*>(s_.x);
+        words = Prologue::mask(p_);
+        if (words) words += static_cast<int64_t>(channel / kPanel) * s_.pixels;
       }
     }
 #pragma unroll 1
-    for (int i = begin; i < end; ++i, from += round_, to += step_) {
-      const int pixel = pixel_ + i * kPixels;
-      if (!exists(pixel)) continue;
-      copy_async(buffer + to, from, bytes);
-      if constexpr (Prologue::kSecond) {
-        if (transforms_) copy_async(second + to, from + second_, bytes);
+    for (; rounds > 0 && c.left > 0; --rounds) {
+      if (exists(c.pixel)) {
+        copy_async(c.buffer + c.at, from_, bytes);
+        if constexpr (Prologue::kSecond) {
+          if (s_.transforms) copy_async(c.second + c.at, from_ + second, bytes);
+          if (words) copy_async_word(c.buffer + word_of(c.at), words + c.pixel, bytes / 4);
+        }
       }
-      if constexpr (Prologue::kMask) {
-        if (words) copy_async_word(buffer + word_of(to), words + pixel, 4);
-      }
+      from_ += static_cast<int64_t>(kPixels) * s_.C * 2;
+      next(c);
     }
+  }
+  // After a slice's last round: its first one, of the next slice.
+  __device__ void rewind() {
+    from_ += 2 * kSliceChannels - static_cast<int64_t>(rounds_) * kPixels * s_.C * 2;
   }
 
   // What this thread has copied so, and waited for.
-  __device__ void transform(uint32_t buffer, uint32_t second, int slice, int begin, int end) const {
-    const int channel = channel_ + slice;
-    if (!transforms_ || begin >= end || channel >= end_) return;
+  __device__ void transform(HaloCursor& c, int rounds) const {
+    const int channel = channel_ + c.slice;
+    if (rounds == 0 || !s_.transforms || channel >= end_) return;
     const Prologue prologue(p_, channel);
-    uint32_t at = own_ + begin * step_;
 #pragma unroll 1
-    for (int i = begin; i < end; ++i, at += step_) {
-      if (!exists(pixel_ + i * kPixels)) continue;
-      uint4 u = {};
-      uint32_t bits = 0;
-      if constexpr (Prologue::kSecond) u = load_shared(second + at);
-      if constexpr (Prologue::kMask) {
-        if (prologue.masked) bits = load_shared_byte(buffer + word_of(at) + (channel / 8) % 4);
+    for (; rounds > 0; --rounds) {
+      if (exists(c.pixel)) {
+        const uint32_t at = c.buffer + c.at;
+        uint4 u = {};
+        uint32_t bits = 0;
+        if constexpr (Prologue::kSecond) u = load_shared(c.second + c.at);
+        if constexpr (Prologue::kMask) {
+          if (prologue.masked) bits = load_shared_byte(word_of(at) + (channel / 8) % 4);
+        }
+        store_shared(at, prologue(load_shared(at), u, bits));
       }
-      store_shared(buffer + at, prologue(load_shared(buffer + at), u, bits));
+      next(c);
     }
   }
 
  private:
-  __device__ bool exists(int pixel) const {
-    return pixel < limit_ && static_cast<uint32_t>(pixel) < static_cast<uint32_t>(pixels_);
-  }
+  __device__ static void next(HaloCursor& c) { c.at += kStep, c.pixel += kPixels, --c.left; }
+  __device__ bool exists(int pixel) const { return pixel >= 0 && pixel < end_pixel_; }
   __device__ uint32_t word_of(uint32_t at) const { return at - 12 * chunk_ + 2 * kSliceChannels; }
 
   const typename Prologue::Params& p_;
-  const char* from_;
-  int64_t round_, second_ = 0;  // bytes from a round to the next, and to the second tensor
-  uint32_t own_, step_;
-  int pixel_, limit_, pixels_, chunk_, channel_, end_, rounds_, transforms_;
+  const TapsSource& s_;
+  const char* from_;  // of the cursor that loads
+  uint32_t own_;
+  int first_, end_pixel_, chunk_, channel_, end_, rounds_;
 };
 
 // Reads mma's fragments of the halo for a warp: rows are outputs, whose pixels each tap shifts.
-template <class S>
+template <class S, int kStride>
 class HaloFragments {
  public:
   uint32_t address[S::kGroupsM];  // of this lane's row in the present tap
@@ -147,9 +163,8 @@ class HaloFragments {
     for (int g = 0; g < S::kGroupsM; ++g) {
       const FirstTap at(s, p, min(first + g * 16 + lane % 16, window.last));
       const int pixel = at.pixel - window.lo;
-      even_[g] = halo_slot(pixel, s.stride, halo) * kPixelBytes + lane / 16 * 16;
-      odd_[g] = even_[g];
-      if (s.stride == 2) {  // an odd shift changes sides
+      even_[g] = halo_slot<kStride>(pixel, halo) * kPixelBytes + lane / 16 * 16;
+      if constexpr (kStride == 2) {  // an odd shift changes sides
         odd_[g] = (pixel & 1 ? (pixel + 1) / 2 : pixel / 2 + halo / 2) * kPixelBytes + lane / 16 * 16;
       }
       inside_[g] = 0;
@@ -167,12 +182,11 @@ class HaloFragments {
   }
 
   // On to a tap: `shift` pixels from the first, whose row and column are the bits of `tap`.
-  __device__ void turn(uint32_t buffer, int shift, int stride, uint32_t tap) {
-    const bool odd = stride == 2 && shift & 1;
-    const uint32_t to = buffer + (stride == 2 ? shift >> 1 : shift) * kPixelBytes;
+  __device__ void turn(uint32_t buffer, int shift, uint32_t tap) {
+    const uint32_t to = buffer + (shift >> (kStride - 1)) * kPixelBytes;
 #pragma unroll
     for (int g = 0; g < S::kGroupsM; ++g) {
-      const uint32_t at = (odd ? odd_[g] : even_[g]) + to;
+      const uint32_t at = (kStride == 2 && shift & 1 ? odd_[g] : even_[g]) + to;
       address[g] = (inside_[g] & tap) == tap ? at : zeros_ | (at & 0x70);
     }
   }
@@ -182,7 +196,7 @@ class HaloFragments {
 
  private:
   uint32_t zeros_;
-  uint32_t even_[S::kGroupsM], odd_[S::kGroupsM];
+  uint32_t even_[S::kGroupsM], odd_[kStride == 2 ? S::kGroupsM : 1];
   uint32_t inside_[S::kGroupsM];  // which kernel rows and columns are inside of the image
 };
 

@@ -8,20 +8,22 @@ namespace resnet_fused {
 
 // Where the loop stands in a phase's taps.
 struct Tap {
-  int r = 0, c = 0;
-  int shift = 0;                           // pixels from the first tap
-  uint32_t bits = 1u << kMaxTapRows | 1u;  // its row and column
+  int rows, cols;          // left, the present ones included
+  int shift = 0;           // pixels from the first tap
+  uint32_t bits = kFirst;  // its row and column
+  static constexpr uint32_t kFirst = 1u << kMaxTapRows | 1u;
 
+  __device__ explicit Tap(const TapsPhase& p) : rows(p.rows), cols(p.cols) {}
   // On to the next; true where that is the first tap again.
   __device__ bool next(const TapsSource& s, const TapsPhase& p) {
     shift += s.step_col;
     bits += bits & 0xffff0000u;
-    if (++c < p.cols) return false;
-    c = 0;
-    shift += s.step_row * s.W - p.cols * s.step_col;
+    if (--cols) return false;
+    cols = p.cols;
+    shift += s.step_row * s.W - cols * s.step_col;
     bits = (bits & 0xffffu) << 1 | 1u << kMaxTapRows;
-    if (++r < p.rows) return false;
-    *this = Tap();
+    if (--rows) return false;
+    *this = Tap(p);
     return true;
   }
 };
@@ -33,7 +35,7 @@ class TapsWeights {
  public:
   __device__ TapsWeights(const TapsWeight& w, const TapsPhase& phase, int n0, int N, int first_channel,
                          int thread) {
-    limit_ = w.group_c;
+    limit_ = w.group_c, rows_ = phase.rows, cols_ = phase.cols;
     const int own = 8 * Tile::chunk(thread);
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
@@ -57,43 +59,46 @@ class TapsWeights {
 
   __device__ void load(uint32_t slot, const TapsPhase& phase, int thread) {
     const uint32_t to = slot + Tile::own(thread, 0);
-    int step = col_step_;
-    bool slice_ends = false;
-    if (++c_ == phase.cols) {
-      c_ = 0, step += row_step_;
-      if (++r_ == phase.rows) r_ = 0, step += slice_step_, slice_ends = true;
-    }
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
       const int bytes = static_cast<uint32_t>(channel_[i]) < static_cast<uint32_t>(limit_) ? 16 : 0;
       copy_async(to + i * Tile::kStep * Tile::kRowBytes, row_[i], bytes);
-      row_[i] += step;
-      if (slice_ends) channel_[i] += kSliceChannels;
+      row_[i] += col_step_;
     }
+    if (--cols_) return;
+    cols_ = phase.cols;
+    move(row_step_);
+    if (--rows_) return;
+    rows_ = phase.rows;
+    move(slice_step_);
+#pragma unroll
+    for (int i = 0; i < Tile::kCount; ++i) channel_[i] += kSliceChannels;
   }
 
  private:
+  __device__ void move(int step) {
+#pragma unroll
+    for (int i = 0; i < Tile::kCount; ++i) row_[i] += step;
+  }
+
   const char* row_[Tile::kCount];
   int channel_[Tile::kCount], limit_;  // within the group: outside of it the element is 0
   int col_step_, row_step_, slice_step_;
-  int r_ = 0, c_ = 0;
+  int rows_, cols_;  // left
 };
 
-// Rounds of the halo that one step of the loop has to copy, or the next to transform.
-struct Rounds {
-  int begin = 0, end = 0, slice = 0;
-  uint32_t buffer = 0, second = 0;
-};
-
-template <typename T, class S, class Prologue, bool kTransposedB, class Epilogue>
+// kStride: of the source, from one output to the next.
+template <typename T, class S, class Prologue, bool kTransposedB, class Epilogue, int kStride = 1>
 struct TapsKernel {
   using Params = TapsParams<typename Prologue::Params, typename Epilogue::Params>;
   using TileB = std::conditional_t<kTransposedB, SharedTile<S::kK, S::kN, S::kThreads>,
                                    SharedTile<S::kN, S::kK, S::kThreads>>;
-  using Source = HaloSource<Prologue, S::kThreads>;
+  using Source = HaloSource<Prologue, S::kThreads, kStride>;
   static constexpr int kRing = kStages * TileB::kBytes;
   static constexpr int kStaging = S::kThreads / 32 * Staging::kBytes;
   static_assert(kStaging + ColumnSums<S>::kBytes == taps_epilogue_bytes(S::kShape), "what the plan counts");
+  static constexpr int kSpread =
+      4;  // steps: few, since each that copies or transforms costs some instructions
   static_assert(S::kK == kSliceChannels && S::kWarpN == 64);
   static_assert(sizeof(Params) <= kMaxParams, "a step's params");
 
@@ -142,57 +147,64 @@ struct TapsKernel {
     };
 
     if (thread < kZeroBytes / 16) store_shared(base + thread * 16, make_uint4(0, 0, 0, 0));
-    const Source source(p.source, p.prologue, p.shared, window, first, end, thread);
+    Source source(p.source, p.prologue, p.shared, window, first, end, thread);
     TapsWeights<TileB, kTransposedB> weights(p.weight, phase, at.n0, p.N, first, thread);
-    HaloFragments<S> fa(p.source, phase, window, p.shared.halo, base, at.m0 + at.warp_m * S::kWarpM, at.lane);
+    HaloFragments<S, kStride> fa(p.source, phase, window, p.shared.halo, base, at.m0 + at.warp_m * S::kWarpM,
+                                 at.lane);
     const Fragments<TileB, false, !kTransposedB> fb(at.warp_n * S::kWarpN, at.lane);
 
-    // A slice's halo comes while the one before is multiplied, a piece a tap: what a step of the loop copies
-    // the next one transforms, so that the last tap has nothing to copy. With one tap, whole halos come two
-    // slices ahead.
-    const int rounds = source.rounds();
-    const int piece = taps > 2 ? (rounds + taps - 2) / (taps - 1) : rounds;
-    Rounds now, before;  // now: what is being copied
-    now.buffer = halos, now.second = seconds;
-    auto next_slice = [&](Rounds& r) {
-      r.begin = r.end = 0;
-      r.slice += kSliceChannels;
-      r.buffer = after(r.buffer), r.second = second_after(r.second);
+    // A slice's halo comes while the one before is multiplied, some rounds a tap: what a step of the loop
+    // copies the next one transforms, so the last tap copies nothing. With one tap, halos come two slices
+    // ahead.
+    const int rounds = source.rounds(), spread = min(taps - 1, kSpread);
+    const int piece = taps > 2 ? (rounds + spread - 1) / spread : rounds;
+    HaloCursor loading = source.begin(halos, seconds, 0), transforming = loading;
+    auto next_slice = [&](HaloCursor& c) {
+      c = source.begin(after(c.buffer), second_after(c.second), c.slice + kSliceChannels);
     };
+    int copied = 0, before = 0;  // rounds that this step of the loop has copied, and the one before
+    int loads = 0;               // steps of this slice
     auto load_rounds = [&](int count) {
-      now.begin = now.end;
-      if (now.slice < slices * kSliceChannels) now.end = min(now.end + count, rounds);
-      source.load(now.buffer, now.second, now.slice, now.begin, now.end);
+      if (loading.slice >= slices * kSliceChannels) return;
+      copied = min(count, loading.left);
+      source.load(loading, copied);
     };
-    int loads = 0;  // of the loop: taps of the slice that is multiplied
+    auto load_slice = [&] {
+      source.rewind();
+      next_slice(loading);
+    };
     auto begin = [&](uint32_t slot, uint32_t) {
       weights.load(slot, phase, thread);
-      if (loads++ > 0 && taps > 1) return;
-      if (loads > 1) next_slice(now);
+      if (loads > 0 && taps > 1) return;
+      if (loads++ > 0) load_slice();
       load_rounds(rounds);
+    };
+    auto transform_first = [&](uint32_t) {
+      HaloCursor first = source.begin(halos, seconds, 0);
+      source.transform(first, rounds);
     };
     auto load = [&](uint32_t slot, uint32_t) {
       weights.load(slot, phase, thread);
-      if (loads == 0) next_slice(now);
+      if (loads == 0) load_slice();
       load_rounds(piece);
       if (++loads == taps) loads = 0;
     };
     auto transform = [&](uint32_t) {
-      source.transform(before.buffer, before.second, before.slice, before.begin, before.end);
-      before = now;
-      now.begin = now.end;
+      source.transform(transforming, before);
+      before = copied, copied = 0;
+      if (loads == (taps > 1)) next_slice(transforming);  // the first step of a slice has begun the next one
     };
-    auto transform_first = [&](uint32_t) { source.transform(halos, seconds, 0, 0, rounds); };
 
     Pipeline<TileB::kBytes> pipeline(ring, taps * slices, begin, transform_first);
-    if (taps == 1) before = now;  // whole, unless there is one slice
-    if (taps == 1 && slices == 1) before.begin = before.end;
-    now.begin = now.end;
-    loads = 0;
-    Tap tap;
+    if (taps == 1 && slices > 1) {
+      before = rounds;
+      next_slice(transforming);
+    }
+    copied = loads = 0;
+    Tap tap(phase);
     uint32_t halo = halos;
     pipeline.run_until(0, 0, load, transform, [&](uint32_t slot) {
-      fa.turn(halo, tap.shift, p.source.stride, tap.bits);
+      fa.turn(halo, tap.shift, tap.bits);
       multiply<T>(acc, fa, fb, 0, slot);
       if (tap.next(p.source, phase)) halo = after(halo);
     });

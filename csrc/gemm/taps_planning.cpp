@@ -9,7 +9,7 @@ namespace {
 
 bool refused(Plan& plan, const char* op, const char* why) { return refuse(plan, "%s: %s", op, why), false; }
 
-bool check_shape(Plan& plan, const char* op, const ConvShape& q) {
+bool check_taps(Plan& plan, const char* op, const ConvShape& q) {
   if (q.stride_h != q.stride_w || q.stride_h > 2)
     return refused(plan, op, "strides are not 1 or 2 both ways");
   if (q.R > kMaxTapRows || q.S > kMaxTapRows) return refused(plan, op, "more than 16 kernel rows or columns");
@@ -121,7 +121,7 @@ Lattice lattice(int64_t residue, int64_t taps, int64_t stride, int64_t padding, 
 Taps fprop_taps(Plan& plan, const char* op, const ConvShape& q, int arch, const void* x, const void* weight,
                 bool transforms, int wanted) {
   Taps t{};
-  if (!check_shape(plan, op, q)) return t;
+  if (!check_taps(plan, op, q)) return t;
   const auto i32 = [](int64_t v) { return static_cast<int32_t>(v); };
   const int64_t c = q.C / q.groups;
   t.source = {x,         i32(q.N * q.H * q.W), i32(q.H),          i32(q.W),
@@ -149,7 +149,7 @@ Taps fprop_taps(Plan& plan, const char* op, const ConvShape& q, int arch, const 
 Taps dgrad_taps(Plan& plan, const char* op, const ConvShape& q, int arch, const void* dy, const void* weight,
                 bool transforms, int wanted) {
   Taps t{};
-  if (!check_shape(plan, op, q)) return t;
+  if (!check_taps(plan, op, q)) return t;
   const auto i32 = [](int64_t v) { return static_cast<int32_t>(v); };
   const int64_t c = q.C / q.groups, stride = q.stride_h;
   t.weight = {weight, i32(q.R * q.S * c), 0, 0, i32(q.K / q.groups), i32(c)};

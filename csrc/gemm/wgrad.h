@@ -50,7 +50,7 @@ struct Ring {
   int32_t zeros;                         // where they begin, a multiple of 128
   int32_t bytes;                         // of all
   // A column of x is column * phase_pitch + (column / stride) * back from the row's begin; the quotient is
-  // column * inverse >> 16, of columns below 2^15.
+  // column * inverse >> 16, of columns below 4096 and strides up to 16.
   uint32_t inverse;
   int32_t back;
   // What a thread that copies every `step`-th pixel goes on by: bytes of whole rows, and columns.
