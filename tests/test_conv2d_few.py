@@ -80,6 +80,10 @@ def conv2d_wgrad(
     return (torch.nn.grad.conv2d_weight(x, shape, du, geometry[:2], geometry[2:4]),)
 
 
+def wgrad_op(**arguments: Any) -> tuple[Tensor]:
+    return (ops.conv2d_wgrad(**arguments),)
+
+
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
@@ -168,7 +172,7 @@ def test_nan_reaches_the_windows_that_hold_it(shape, k: int, size, where, device
 def test_wgrad(shape, k: int, size, where, prologue: str, device: Device) -> None:
     for dtype in dtypes(device):
         for _, got in compare(
-            device, ops.conv2d_wgrad, conv2d_wgrad,
+            device, wgrad_op, conv2d_wgrad,
             lambda t: wgrad_arguments(shape, k, size, where, t, prologue), dtype,
         ):  # fmt: skip
             assert_dense(got["0"])
@@ -178,9 +182,7 @@ def test_wgrad(shape, k: int, size, where, prologue: str, device: Device) -> Non
 @pytest.mark.parametrize(("shape", "k", "size", "where"), [PROBLEMS[i] for i in (2, 6, 9)], ids=str)
 def test_wgrad_prologues(shape, k: int, size, where, prologue: str, device: Device) -> None:
     for dtype in dtypes(device):
-        compare(
-            device, ops.conv2d_wgrad, conv2d_wgrad, lambda t: wgrad_arguments(shape, k, size, where, t, prologue), dtype
-        )
+        compare(device, wgrad_op, conv2d_wgrad, lambda t: wgrad_arguments(shape, k, size, where, t, prologue), dtype)
 
 
 # ------------------------------------------------------------------------------------------------ any order, refusals
