@@ -205,11 +205,22 @@ def units_on_kernels(units: Sequence[Any], spec: BlockSpec) -> list[bool]:
 
 
 def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:
-    """(eager, ours) of batch norm + ReLU + max pool on u [N, C, H, W]; the argmax is int64 there and int8 here."""
-    n, c, h, w = call.x_shape
+    """(eager, ours) of batch norm + ReLU + max pool on u [N, C, H, W]; the argmax is int64 there and int8 here.
+
+    With a unit in the call x is the image and that unit's convolution, on the kernels, is counted too. An image needs
+    no gradient.
+    """
+    shape, image = call.x_shape, 0.0
+    if call.units:
+        (unit,) = call.units
+        shape, image = unit.geometry.out_shape(shape, unit.weight.shape), math.prod(shape) * call.dtype.itemsize
+    n, c, h, w = shape
     pool = call.spec
     pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
-    u, p = math.prod(call.x_shape) * call.dtype.itemsize, pooled * call.dtype.itemsize
+    u, p = math.prod(shape) * call.dtype.itemsize, pooled * call.dtype.itemsize
     eager = Bytes(3 * u + 2 * u + (u + p + 8 * pooled), (p + 8 * pooled + u) + 3 * u + 5 * u, 2 * u + 8 * pooled)
-    ours = Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
-    return eager, ours
+    if not call.units:
+        return eager, Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
+    eager = Bytes(eager.forward + image + u, eager.backward + u + image, eager.saved + image)
+    backward = (p + pooled + u) + 2 * u + (2 * u + image)  # unpool, sums, wgrad
+    return eager, Bytes(image + u + (u + p + pooled), backward, image + u + pooled)

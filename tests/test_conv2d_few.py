@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import few_cases
 import pytest
 import torch
 from device import Device
@@ -26,7 +27,7 @@ from pointwise_cases import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused import plans
+from resnet_fused import kernels
 
 STEM, CIFAR, MNIST = [2, 2, 3, 3], [1, 1, 1, 1], [1, 1, 2, 2]  # strides and paddings
 
@@ -133,9 +134,7 @@ def test_fprop_without_statistics(device: Device) -> None:
 
 def test_a_block_walks_over_tiles() -> None:
     """Of many pixels a block has several tiles, the last block fewer."""
-    problem = {"N": 100, "C": 3, "H": 224, "W": 224, "K": 64, "R": 7, "S": 7, "stride_h": 2, "stride_w": 2}
-    problem |= {"padding_h": 3, "padding_w": 3, "dilation_h": 1, "dilation_w": 1, "groups": 1}
-    (step,) = plans.plan("conv2d", {"dtype": torch.bfloat16, **problem}).steps
+    step, _ = few_cases.KERNELS[1].plan(torch.bfloat16, batch=100).steps
     assert step.grid == (2450, 1, 1)  # of 9800 tiles
 
 
@@ -234,3 +233,40 @@ def test_wgrad_refuses(dtype: torch.dtype) -> None:
     assert_refused(Device("emulated"), ops.conv2d_wgrad, arguments, changes, "3 channels as they are")
     empty_batch = wgrad_arguments((0, 3, 9, 9), 16, (3, 3), CIFAR, dtype, "bn")
     assert_refused(Device("emulated"), ops.conv2d_wgrad, empty_batch, {}, "no pixels to sum over")
+
+
+# ------------------------------------------------------------------------------------------------- machine code
+
+# Tensor-core instructions among all of the main loop's, in percent, at least, on sm_80 and sm_90.
+SHARES = {
+    "conv2d_few_fprop_4x1": 1,
+    "conv2d_few_fprop_4x2": 1,
+    "conv2d_few_fprop_8": 1,
+    "conv2d_few_wgrad_4": 1,
+    "conv2d_few_wgrad_8": 1,
+    "conv2d_few_wgrad_backward_4": 1,
+    "conv2d_few_wgrad_backward_8": 1,
+}
+# An image's pixels start at any element, and its weights' gradients end at any: single ones.
+NARROW = {"conv2d": {("LDG", 2), ("STG", 4)}, "conv2d_wgrad": {("LDG", 2), ("STG", 4)}}
+
+
+@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("few", few_cases.KERNELS, ids=str)
+def test_machine_code(few: few_cases.Few, arch: str) -> None:
+    """Accesses are 16 bytes but for those of the image and of sums; 256 threads or more on a multiprocessor."""
+    for suffix, dtype in few_cases.DTYPES.items():
+        plan = few.plan(dtype, int(arch.removeprefix("sm_")))
+        assert plan.reason == ""
+        step = plan.steps[0]
+        (kernel,) = (k for k in kernels.compile_source(step.source, arch) if k.symbol == step.symbol)
+        assert kernel.symbol == f"{few.name}_{suffix}"
+        assert kernel.spills == kernel.stack == 0
+        assert {"HMMA", "LDSM"} <= {opcode.split(".")[0] for opcode in kernel.opcodes}
+        found = {access for access in kernel.accesses if access[0] in ("LDG", "STG", "LDGSTS")}
+        ahead = {("LDGSTS", 4)} if few.backward else set()  # a mask's words
+        assert {access for access in found if access[1] != 16} == NARROW[few.op] | ahead, kernel.symbol
+        assert ("STG" if few.op == "conv2d" else "LDGSTS", 16) in found
+        assert kernel.blocks(step.smem) * kernel.threads >= 256, kernel.symbol
+        if arch != "sm_120":
+            assert 100 * kernel.share >= SHARES[few.name], (kernel.symbol, kernel.loops)
