@@ -239,24 +239,28 @@ def test_wgrad_refuses(dtype: torch.dtype) -> None:
 
 # Tensor-core instructions among all of the main loop's, in percent, at least, on sm_80 and sm_90.
 SHARES = {
-    "conv2d_few_fprop_4x1": 1,
-    "conv2d_few_fprop_4x2": 1,
-    "conv2d_few_fprop_8": 1,
-    "conv2d_few_wgrad_4": 1,
-    "conv2d_few_wgrad_8": 1,
-    "conv2d_few_wgrad_backward_4": 1,
-    "conv2d_few_wgrad_backward_8": 1,
+    "conv2d_few_fprop_4x1": 40,
+    "conv2d_few_fprop_4x2": 48,
+    "conv2d_few_fprop_8": 27.5,
+    "conv2d_few_wgrad_4": 9,
+    "conv2d_few_wgrad_8": 15.5,
+    "conv2d_few_wgrad_backward_4": 7.5,
+    "conv2d_few_wgrad_backward_8": 11.5,
 }
 # An image's pixels start at any element, and its weights' gradients end at any: single ones.
-NARROW = {"conv2d": {("LDG", 2), ("STG", 4)}, "conv2d_wgrad": {("LDG", 2), ("STG", 4)}}
+NARROW = {("LDG", 2), ("STG", 4)}
 
 
 @pytest.mark.parametrize("arch", kernels.ARCHES)
 @pytest.mark.parametrize("few", few_cases.KERNELS, ids=str)
 def test_machine_code(few: few_cases.Few, arch: str) -> None:
-    """Accesses are 16 bytes but for those of the image and of sums; 256 threads or more on a multiprocessor."""
+    """Accesses are 16 bytes but for those of the image and of sums; 256 threads or more on a multiprocessor, or 128
+    where weights of eight channels a tap are 58 KB."""
     for suffix, dtype in few_cases.DTYPES.items():
         plan = few.plan(dtype, int(arch.removeprefix("sm_")))
+        if few.name == "conv2d_few_wgrad_backward_8" and arch == "sm_120":
+            assert plan.reason.endswith("more than compute capability 12.0 has")
+            continue
         assert plan.reason == ""
         step = plan.steps[0]
         (kernel,) = (k for k in kernels.compile_source(step.source, arch) if k.symbol == step.symbol)
@@ -265,8 +269,9 @@ def test_machine_code(few: few_cases.Few, arch: str) -> None:
         assert {"HMMA", "LDSM"} <= {opcode.split(".")[0] for opcode in kernel.opcodes}
         found = {access for access in kernel.accesses if access[0] in ("LDG", "STG", "LDGSTS")}
         ahead = {("LDGSTS", 4)} if few.backward else set()  # a mask's words
-        assert {access for access in found if access[1] != 16} == NARROW[few.op] | ahead, kernel.symbol
+        assert {access for access in found if access[1] != 16} == NARROW | ahead, kernel.symbol
         assert ("STG" if few.op == "conv2d" else "LDGSTS", 16) in found
-        assert kernel.blocks(step.smem) * kernel.threads >= 256, kernel.symbol
+        least = 128 if few.name == "conv2d_few_fprop_8" else 256
+        assert kernel.blocks(step.smem) * kernel.threads >= least, kernel.symbol
         if arch != "sm_120":
             assert 100 * kernel.share >= SHARES[few.name], (kernel.symbol, kernel.loops)

@@ -17,7 +17,7 @@ constexpr int kFewChannels = 7, kFewTaps = 7;  // at most
 // Output pixels, in the order of memory, by output channels. k is a step.
 inline constexpr TileShape kFew{128, 64, 16, 32, 64};
 // Of wgrad, by the channels that a pixel has: output channels by taps; k are pixels.
-inline constexpr TileShape kFewWgrad4{64, 256, 64, 32, 32}, kFewWgrad8{64, 448, 64, 32, 112};
+inline constexpr TileShape kFewWgrad4{64, 256, 64, 32, 64}, kFewWgrad8{64, 448, 64, 32, 112};
 
 // An image [N, H, W, C] as the pixels of the output read it. A tile's pixels lie in lines, rows of the
 // output; its patch in shared memory has, for each row of the kernel, what they read there, line after line:

@@ -51,9 +51,6 @@ struct FewWgrad {
       Patch(q, m0).load(patch_of(slot), min(S::kK, end - m0), thread);
     };
     auto transform = [&](uint32_t slot) {
-      uint32_t channel = dy.channel;  // coefficients come again for each tile: registers are few
-      keep_in_register(channel);
-      dy.channel = channel;
       dy.template transform<Prologue>(p.prologue, slot, transforming, thread);
       transforming += S::kK;
     };

@@ -58,7 +58,7 @@ struct FewPatch {
   __device__ void load(uint32_t patch, int pixels, int thread) const {
     const int end = position(pixels - 1) + p.steps * (16 / kPad);
     const int64_t row = static_cast<int64_t>(p.W) * p.C;  // elements
-    const int r0 = thread / kAcross;
+    const int r0 = kAtOnce == 1 ? 0 : thread / kAcross;
 #pragma unroll 1
     for (int t = thread % kAcross; t < end; t += kAcross) {
       int line = l0, from = q0 * p.stride_w + t;
