@@ -7,7 +7,7 @@ parametrizations or foreign modules on an inner layer make it run module by modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from .modules import (
 )
 from .ops.bn_act_pool import Pool, StemTail
 from .ops.layout import to_nhwc
+from .ops.pointwise import matrix_kernels_take
+from .ops.stem import Stem
+from .ops.stem import obstacle as stem_obstacle
 from .recorder import record
 
 
@@ -149,16 +152,36 @@ def bn_relu_maxpool(x: Tensor, bn: nn.BatchNorm2d, pool: Pool) -> Tensor:
     n, c, h, w = x.shape
     if c != bn.num_features:
         raise ValueError(f"x has shape {list(x.shape)}, expected {bn.num_features} channels")
-    batch_stats = bn.training or bn.running_mean is None
-    if batch_stats and n * h * w == 1:
+    if _batch_stats(bn) and n * h * w == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    affine = functional.vector(bn.weight, 1, x, c), functional.vector(bn.bias, 0, x, c)
-    given = functional.given_stats(bn.running_mean, bn.running_var, x, c, torch.is_grad_enabled() and not batch_stats)
-    y, mean, var = StemTail.apply(to_nhwc(x), *affine, *given, bn.eps, batch_stats, pool)
+    return _with_norm(lambda *norm: StemTail.apply(to_nhwc(x), *norm, pool), bn, x, n * h * w)
+
+
+def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: Pool) -> Tensor:
+    """maxpool(relu(bn(conv(x)))) on the matrix kernels: [N, C, H, W] -> [N, K, P, Q], the pooled size."""
+    g = convbn_of(conv, bn).geometry
+    weight = conv.weight.to(x.dtype)
+    n, _, p, q = g.out_shape(x.shape, weight.shape)
+    return _with_norm(lambda *norm: Stem.apply(to_nhwc(x), weight, *norm, g, pool), bn, x, n * p * q)
+
+
+def _batch_stats(bn: nn.BatchNorm2d) -> bool:
+    """Whether it normalises with the batch's statistics."""
+    return bn.training or bn.running_mean is None
+
+
+def _with_norm(run: Callable[..., Any], bn: nn.BatchNorm2d, like: Tensor, pixels: int) -> Tensor:
+    """run(gamma, beta, mean, var, eps, batch_stats) -> (y, mean, var); moves the running statistics."""
+    c, batch_stats = bn.num_features, _batch_stats(bn)
+    affine = functional.vector(bn.weight, 1, like, c), functional.vector(bn.bias, 0, like, c)
+    given = functional.given_stats(
+        bn.running_mean, bn.running_var, like, c, torch.is_grad_enabled() and not batch_stats
+    )
+    y, mean, var = run(*affine, *given, bn.eps, batch_stats)
     moves = bn.training and bn.track_running_stats
     if moves and bn.running_mean is not None and bn.running_var is not None:
         factor = reference.average_factor(bn.num_batches_tracked, bn.momentum)
-        functional.move_running(bn.running_mean, bn.running_var, mean, var, n * h * w, factor)
+        functional.move_running(bn.running_mean, bn.running_var, mean, var, pixels, factor)
     return y
 
 
@@ -202,15 +225,47 @@ class FusedStem(NotScripted, nn.Module):
         reason = global_hook_reason() or pool_reason("maxpool", pool)
         return reason or relu_reason(act, getattr(self, act)) or hook_reason("bn1", bn)
 
+    def conv1_reason(self, x: Tensor) -> str | None:
+        """Why conv1 does not run in one with what follows; None if it does."""
+        conv: Any = self.conv1
+        reason = conv_reason("conv1", conv)
+        if reason is not None:
+            return reason
+        dtype = functional.operand_dtype(x)
+        if not matrix_kernels_take(x if x.dtype == dtype else x.new_empty(0, dtype=dtype)):
+            return "the matrix kernels take bfloat16 and float16, on compute capability 8.0 and newer"
+        if conv.bias is not None or conv.out_channels != self.bn1.num_features:
+            return "conv1 has a bias, or other channels than bn1"
+        fits = x.dim() == 4 and x.shape[1] == conv.in_channels
+        if not fits or functional.operand_dtype(conv.weight) != dtype:
+            return "x does not fit conv1"  # whose error it is
+        g = convbn_of(conv, self.bn1).geometry
+        n, _, p, q = g.out_shape(x.shape, conv.weight.shape)
+        if min(p, q) < 1 or n * p * q == 1:
+            return "conv1's output has no two pixels"
+        return stem_obstacle(conv.in_channels, tuple(conv.weight.shape), g)
+
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x)))): [N, 3, H, W] -> [N, C, P, Q]."""
-        x = self.conv1(x)
-        # Traced module by module, so that a graph may be tapped anywhere.
-        reason = "traced by torch.fx" if isinstance(x, Proxy) else self.stem_reason() or functional.fallback_reason(x)
-        if reason is None:
-            pool = Pool(self.maxpool.kernel_size, self.maxpool.stride, self.maxpool.padding)
-            record(x, (), None, pool, None)
-            return bn_relu_maxpool(x, self.bn1, pool)
-        if not isinstance(x, Proxy):
-            record(x, (), None, None, reason)
-        return self.maxpool(getattr(self, self.act_name)(self.bn1(x)))
+        if isinstance(x, Proxy):  # module by module, so that a graph may be tapped anywhere
+            return self.stem_by_modules(self.conv1(x))
+        reason = self.stem_reason() or functional.fallback_reason(x)
+        whole = reason is None and self.conv1_reason(x) is None
+        units: tuple[functional.ConvBN, ...] = ()
+        if whole:
+            x, units = x.to(functional.operand_dtype(x)), (convbn_of(self.conv1, self.bn1),)  # type: ignore[arg-type]
+        else:
+            x = self.conv1(x)
+            reason = reason or functional.fallback_reason(x)
+        if reason is not None:
+            record(x, units, None, None, reason)
+            return self.stem_by_modules(x)
+        pool = Pool(self.maxpool.kernel_size, self.maxpool.stride, self.maxpool.padding)
+        record(x, units, None, pool, None)
+        if whole:
+            return conv_bn_relu_maxpool(x, self.conv1, self.bn1, pool)  # type: ignore[arg-type]
+        return bn_relu_maxpool(x, self.bn1, pool)
+
+    def stem_by_modules(self, u: Tensor) -> Tensor:
+        """What follows conv1."""
+        return self.maxpool(getattr(self, self.act_name)(self.bn1(u)))

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from .convert import fuse_
 from .data import require
-from .ops import residual_block
+from .ops import residual_block, stem
 from .ops.pointwise import as_on_a_gpu
 from .recorder import recording
 from .traffic import block_bytes, compile_bytes, sizes_of
+
+_COMPOSITIONS = {**residual_block.COMPOSITIONS, **stem.COMPOSITIONS}
 
 
 class Moved(NamedTuple):
@@ -37,9 +39,9 @@ class Counter(TorchDispatchMode):
         self.moved = Moved(0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "resnet_fused" and func._opname in residual_block.COMPOSITIONS:
+        if func.namespace == "resnet_fused" and func._opname in _COMPOSITIONS:
             with self:  # the ops that it is composed of are what moves bytes
-                return residual_block.COMPOSITIONS[func._opname](*args)
+                return _COMPOSITIONS[func._opname](*args)
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and out.is_meta:  # which forgets the layout
             out = out.contiguous(memory_format=torch.channels_last)

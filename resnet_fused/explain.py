@@ -98,7 +98,7 @@ def explain(model: nn.Module, example_input: Tensor) -> Explanation:
                 stack.callback(handle.remove)
         for name, network in model.named_modules():
             if isinstance(network, FusedStem):
-                _watch_stem(f"{name}.bn1".lstrip("."), network, calls, explanation)
+                _watch_stem(f"{name}." if name else "", network, calls, explanation)
                 stack.callback(vars(network).pop, "stem")
         stack.enter_context(torch.set_grad_enabled(model.training))
         model(example_input)
@@ -113,6 +113,8 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, FusedStem):
             inside.add(id(module.bn1))  # a hook there would make the stem run composed
+            if type(module.conv1) is nn.Conv2d:
+                inside.add(id(module.conv1))
         if isinstance(module, _OURS):
             inside.update(id(child) for child in module.modules())
             yield name or "model", module
@@ -129,21 +131,30 @@ def _watch(name: str, module: nn.Module, calls: list[Call], out: Explanation) ->
             out.rows.extend(_row(name, type(module).__name__, module, call) for call in calls)
             calls.clear()
             return
-        shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ()
-        out.rows.append(Row(name, type(module).__name__, shape, "eager", "not part of a block or stem"))
+        out.rows.append(_not_ours(name, module, args[0] if args else None))
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _watch_stem(name: str, network: FusedStem, calls: list[Call], out: Explanation) -> None:
+def _watch_stem(prefix: str, network: FusedStem, calls: list[Call], out: Explanation) -> None:
     """Until `stem` is deleted from the network's own attributes."""
 
     def stem(x: Tensor) -> Tensor:
+        calls.clear()
         y = type(network).stem(network, x)
-        out.rows.extend(_row(name, "BNReLUMaxPool", network, call) for call in calls)
+        whole = any(call.units for call in calls)
+        if type(network.conv1) is nn.Conv2d and not whole:
+            out.rows.append(_not_ours(f"{prefix}conv1", network.conv1, x))
+        name, kind = ("conv1", "Conv2d+BNReLUMaxPool") if whole else ("bn1", "BNReLUMaxPool")
+        out.rows.extend(_row(prefix + name, kind, network, call) for call in calls)
         return y
 
     network.stem = stem  # type: ignore[method-assign]
+
+
+def _not_ours(name: str, module: nn.Module, x: Any) -> Row:
+    shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+    return Row(name, type(module).__name__, shape, "eager", "not part of a block or stem")
 
 
 def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
@@ -151,8 +162,9 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
         return Row(name, kind, call.x_shape, "eager", call.reason)
     spec: Any = call.spec
     if isinstance(spec, Pool):
-        eager, ours = stem_bytes(call)
-        return _counted(name, kind, call, "fused", "batch norm, ReLU and max pool in one pass", eager, ours)
+        tail = "batch norm, ReLU and max pool in one pass"
+        plan, reason = ("cuda: conv", f"statistics with the convolution, {tail}") if call.units else ("fused", tail)
+        return _counted(name, kind, call, plan, reason, *stem_bytes(call))
     projected = spec.shortcut == "projection"
     everything = [*call.units, *([call.shortcut] if projected else [])]
     reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype, call.kernels)

@@ -128,6 +128,13 @@ def _kind(shortcut: object) -> str:
     return "identity"
 
 
+def operand_dtype(t: Tensor) -> torch.dtype:
+    """That in which a convolution takes `t`: under autocast its dtype, as in eager PyTorch."""
+    device = t.device.type
+    autocast = t.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else t.dtype
+
+
 def _autocast(x: Tensor, units: list[ConvBN], shortcut: object) -> tuple[Tensor, list[ConvBN], Tensor | None]:
     """Under autocast the operands take its dtype, as eager's convolutions do."""
     residual = shortcut if isinstance(shortcut, Tensor) else None

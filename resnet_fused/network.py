@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .measure import keeping
 from .ops.block import BlockSpec
 from .ops.pointwise import as_on_a_gpu
 from .recorder import Call, recording
-from .traffic import Bytes, block_sizes, compile_bytes, conv_bytes, kernel_bytes, stem_tail
+from .traffic import Bytes, block_sizes, compile_bytes, compiled_stem
 
 STAGES = ("stem", "stage 1", "stage 2", "stage 3", "stage 4", "head")
 MEMORIES: tuple[Memory, ...] = ("lean", "fast")
@@ -43,7 +43,6 @@ class Step(NamedTuple):
     forward: Moved
     backward: Moved
     saved: int
-    fixed: int = 0  # of the unique bytes, those that do not grow with the batch
 
     @property
     def moved(self) -> Moved:
@@ -111,28 +110,19 @@ def steps_of(model: nn.Module, batch: int, size: int, dtype: torch.dtype) -> tup
         return Moved(more.passes - once.passes, once.unique)
 
     return [
-        Step(grown(s.forward, t.forward), grown(s.backward, t.backward), s.saved, 2 * s.moved.unique - t.moved.unique)
+        Step(grown(s.forward, t.forward), grown(s.backward, t.backward), s.saved)
         for s, t in zip(steps, twice, strict=True)
     ], calls
 
 
-# ------------------------------------------------------------------------------------------- predictions
-
-
-def predicted(calls: list[Call], x: Tensor, compiled: bool = False) -> Bytes:
-    """Passes of a stage with every convolution on a kernel of ours or, if `compiled`, as torch.compile runs it.
-
-    calls: of the fused ops, in lean or fast; x: the network's images, which the stem reads.
-    """
+def compiled(calls: list[Call], x: Tensor) -> Bytes:
+    """torch.compile's passes of a stage, derived. calls: of the fused ops; x: the images, which the stem reads."""
     total = Bytes(0, 0, 0)
     for call in calls:
-        if call.units:
-            sizes, spec = block_sizes(call), cast(BlockSpec, call.spec)
-            every = [True] * len(spec.units)
-            total = total.plus(compile_bytes(sizes, spec) if compiled else kernel_bytes(sizes, spec, every))
+        if isinstance(call.spec, BlockSpec):
+            total = total.plus(compile_bytes(block_sizes(call), call.spec))
         else:
-            image = x.numel() * x.element_size()
-            total = total.plus(conv_bytes(image, call)).plus(stem_tail(call, compiled))
+            total = total.plus(compiled_stem(call, x.numel() * x.element_size()))
     return total
 
 
@@ -143,7 +133,6 @@ class Comparison:
     eager: list[Step]
     ours: dict[Memory, list[Step]]
     compiled: list[Bytes]
-    on_kernels: dict[Memory, list[Bytes]]  # predicted
 
     @classmethod
     def of(cls, name: str, batch: int, size: int = 224, dtype: torch.dtype = torch.bfloat16) -> Comparison:
@@ -154,15 +143,7 @@ class Comparison:
             ours[memory], calls[memory] = steps_of(create(name, dtype, memory), batch, size, dtype)
         x, head = images(batch, size, dtype), eager[-1]  # in the head nothing is fused
         behind = Bytes(head.forward.passes, head.backward.passes, head.saved)
-
-        def predict(memory: Memory, compiled: bool = False) -> list[Bytes]:
-            return [*(predicted(own, x, compiled) for own in calls[memory][:-1]), behind]
-
-        return cls(eager, ours, predict("fast", True), {memory: predict(memory) for memory in MEMORIES})
-
-    def unique_on_kernels(self, memory: Memory) -> list[float]:
-        """Every operand of a kernel is read once: what grows with the batch are its passes."""
-        return [b.moved + s.fixed for b, s in zip(self.on_kernels[memory], self.ours[memory], strict=True)]
+        return cls(eager, ours, [*(compiled(own, x) for own in calls["fast"][:-1]), behind])
 
     def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         """(title, columns, rows) of each count, in GiB and as a share of eager's."""
@@ -172,9 +153,6 @@ class Comparison:
 
         passes, unique = columns(lambda step: step.moved.passes), columns(lambda step: step.moved.unique)
         passes = {"eager": passes["eager"], "torch.compile": [stage.moved for stage in self.compiled]} | passes
-        for memory in MEMORIES:
-            passes[f"{memory}, k x k"] = [stage.moved for stage in self.on_kernels[memory]]
-            unique[f"{memory}, k x k"] = self.unique_on_kernels(memory)
         yield "moved, by passes", *_table(passes)
         yield "moved, ops' inputs and outputs once", *_table(unique)
         yield "kept for backward", *_table(columns(lambda step: step.saved))

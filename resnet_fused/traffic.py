@@ -224,37 +224,42 @@ def units_on_kernels(call: Any) -> list[bool]:
 
 
 class StemSizes(NamedTuple):
-    """Bytes of batch norm + ReLU + max pool on u [N, C, H, W], and how many elements come out."""
+    """Bytes of the stem: its image (0 where the call is of its tail alone), the convolution's output u, the pooled y;
+    and how many elements y has."""
 
+    image: int
     u: int
     y: int
     pooled: int
 
     @classmethod
     def of(cls, call: Any) -> StemSizes:
-        (n, c, h, w), pool = call.x_shape, call.spec
-        pooled = n * c * math.prod((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (h, w))
-        return cls(n * c * h * w * call.dtype.itemsize, pooled * call.dtype.itemsize, pooled)
+        shape, image, pool, size = call.x_shape, 0, call.spec, call.dtype.itemsize
+        if call.units:
+            (unit,) = call.units
+            shape, image = unit.geometry.out_shape(shape, unit.weight.shape), math.prod(shape) * size
+        n, c, h, w = shape
+        pooled = n * c * math.prod((side + 2 * pool.padding - pool.kernel) // pool.stride + 1 for side in (h, w))
+        return cls(image, math.prod(shape) * size, pooled * size, pooled)
 
 
 def stem_bytes(call: Any) -> tuple[Bytes, Bytes]:
-    """(eager, ours) of the stem's tail; the argmax is int64 there and int8 here."""
-    u, p, pooled = StemSizes.of(call)
+    """(eager, ours) of batch norm + ReLU + max pool; the argmax is int64 there and int8 here.
+
+    With a unit in the call that unit's convolution, on the kernels, is counted too. An image needs no gradient.
+    """
+    image, u, p, pooled = StemSizes.of(call)
     eager = Bytes(3 * u + 2 * u + (u + p + 8 * pooled), (p + 8 * pooled + u) + 3 * u + 5 * u, 2 * u + 8 * pooled)
-    ours = Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
-    return eager, ours
+    if not call.units:
+        return eager, Bytes(u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, u + pooled)
+    backward = (p + pooled + u) + 2 * u + (2 * u + image)  # unpool, sums, wgrad
+    return eager.plus(Bytes(image + u, u + image, image)), Bytes(
+        image + u + (u + p + pooled), backward, image + u + pooled
+    )
 
 
-def stem_tail(call: Any, compiled: bool) -> Bytes:
-    """torch.compile's, with an int8 argmax; or ours with the statistics in the convolution's epilogue and the pool's
-    backward in both passes of the batch norm's."""
-    u, p, pooled = StemSizes.of(call)
-    if compiled:
-        return Bytes(u + 2 * u + (u + p + pooled), (p + pooled + u) + 2 * u + 3 * u, 2 * u + pooled)
-    return Bytes(u + p + pooled, (p + pooled + u) + (p + pooled + u) + u, u + pooled)
-
-
-def conv_bytes(image: float, call: Any) -> Bytes:
-    """The stem's convolution, `call` being its tail's: of `image` bytes, which have no gradient."""
-    u = StemSizes.of(call).u
-    return Bytes(image + u, u + image, image)
+def compiled_stem(call: Any, image: int) -> Bytes:
+    """torch.compile's, with an int8 argmax, of an image of so many bytes."""
+    _, u, p, pooled = StemSizes.of(call)
+    forward = (image + u) + u + 2 * u + (u + p + pooled)
+    return Bytes(forward, (p + pooled + u) + 2 * u + 3 * u + (u + image), image + 2 * u + pooled)

@@ -77,6 +77,8 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
         return [block_args(case) for case in blocks(dtype)]
     if name == "residual_block_backward":
         return [backward_args(case) for case in blocks(dtype)]
+    if name in STEM:
+        return STEM[name](dtype)
     if name in POINTWISE:
         return POINTWISE[name](dtype)
     grad = name not in STEPS
@@ -220,6 +222,28 @@ def expand_dgrad_samples(dtype: torch.dtype) -> list[tuple]:
     ]
 
 
+def stem_samples(dtype: torch.dtype) -> list[tuple]:
+    gamma, beta, mean, var = vectors(4, 8, dtype, grad=True)
+    x, empty = activation(3, dtype, h=9, w=8), vectors(2, 0, dtype)
+    w = torch.randn(8, 3, 5, 3).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    norm, where = (gamma, beta), ([2, 1, 2, 1, 1, 1, 1], [3, 2, 1])
+    return [
+        (x, w, *norm, *empty, 1e-5, True, *where),
+        (x.detach().requires_grad_(), w, *norm, mean.detach(), var.detach().square(), 1e-3, False, *where),
+    ]
+
+
+def stem_backward_samples(dtype: torch.dtype) -> list[tuple]:
+    found = []
+    for args in stem_samples(dtype):
+        x, w, gamma, beta, mean, var, eps, batch_stats, *where = (detached(a) for a in args)
+        y, *own, u, argmax = OPS.stem(x, w, gamma, beta, mean, var, eps, batch_stats, *where)
+        stats = own if batch_stats else [mean, var]
+        config = (eps, batch_stats, *where, not batch_stats, True)
+        found.append((torch.randn_like(y), x, w, gamma, beta, *stats, u, argmax, *config))
+    return found
+
+
 POINTWISE = {
     "conv1x1": conv1x1_samples,
     "conv1x1_dgrad": conv1x1_dgrad_samples,
@@ -232,6 +256,9 @@ POINTWISE = {
     "conv2d_dgrad": conv2d_dgrad_samples,
     "conv2d_wgrad": conv2d_wgrad_samples,
 }
+
+
+STEM = {"stem": stem_samples, "stem_backward": stem_backward_samples}
 
 
 def op_names() -> list[str]:
@@ -264,7 +291,7 @@ def test_pointwise_ops_compile(name) -> None:
         assert result.stride() == want.stride()
 
 
-@pytest.mark.parametrize("name", [*STEPS, "residual_block_backward"])
+@pytest.mark.parametrize("name", [*STEPS, "residual_block_backward", "stem_backward"])
 def test_steps_refuse_gradients(name) -> None:
     def asking(arg):
         if isinstance(arg, list):

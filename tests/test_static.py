@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import few_cases
 import gemm_cases
 import pytest
 import torch
@@ -58,6 +59,7 @@ def all_steps() -> Iterator[Step]:
             for channels in (64, 33):
                 if op not in gemm_cases.OPS:
                     yield from plans.plan(op, {"dtype": dtype, "C": channels, **plans_sizes(op)}, 80).steps
+    yield from few_cases.all_steps()
     for gemm in GEMMS:
         for dtype in gemm_cases.DTYPES.values():
             for tile in gemm.tiles:

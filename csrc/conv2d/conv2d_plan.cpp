@@ -1,4 +1,4 @@
-#include "conv2d/conv2d.h"
+#include "conv2d/conv2d_few.h"
 #include "gemm/taps_planning.h"
 
 namespace resnet_fused {
@@ -24,6 +24,7 @@ bool check_shape(Plan& plan, const char* op, const ConvShape& q) {
 Plan plan_conv2d(const Conv2dProblem& q, int arch) {
   Plan plan{};
   if (!check_shape(plan, "conv2d", q.shape)) return plan;
+  if (q.shape.C % 8 != 0) return plan_conv2d_few(q, arch);
   const int64_t M = out_pixels(q.shape);
   if (!check_gemm(plan, "conv2d", q.dtype, arch, {M, in_pixels(q.shape)}, {q.shape.C, q.shape.K},
                   {q.x, q.weight, q.out})) {

@@ -1,7 +1,7 @@
 #include <numeric>
 #include <string>
 
-#include "conv2d/conv2d.h"
+#include "conv2d/conv2d_few.h"
 #include "gemm/planning.h"
 #include "gemm/wgrad.h"
 
@@ -181,6 +181,7 @@ Plan plan_conv2d_wgrad(const Conv2dWgradProblem& q, int arch) {
   Plan plan{};
   const ConvShape& s = q.shape;
   if (!check_shape(plan, "conv2d_wgrad", s)) return plan;
+  if (s.C % 8 != 0) return plan_conv2d_wgrad_few(q, arch);
   if (s.stride_w > 16)
     return refuse(plan, "conv2d_wgrad: strides are 1 to 16 across"), plan;  // Ring::inverse
   const int64_t M = s.N * s.P() * s.Q(),
