@@ -11,7 +11,7 @@ namespace resnet_fused {
 // Every op launches one kernel or two (per-block partials, then their combination in a fixed order).
 constexpr int kMaxSteps = 2;
 constexpr int kMaxSymbol = 64;
-constexpr int kMaxParams = 224;
+constexpr int kMaxParams = 256;
 constexpr int kMaxReason = 160;
 
 struct Step {

@@ -29,10 +29,12 @@ from .block import (
     UnitGrads,
     UnitParams,
     UnitSpec,
+    add_shortcut,
     raw_stats,
     split_end_saved,
 )  # fmt: skip
 from .gram_form import Gram, conv_stats, sample_center
+from .layout import Padded
 from .pointwise import masked, matrix_kernels_take
 
 _ops = torch.ops.resnet_fused
@@ -54,15 +56,23 @@ class Source(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """What is added to the gradient of a block's input: tensor * mask."""
+    """What is added to the gradient of a block's input: scale * tensor * mask."""
 
-    tensor: Tensor | None = None  # as the input
+    tensor: Tensor | None = None  # as the input, or where the shortcut is padded, as the output
     mask: Tensor | None = None
+    scale: float = 1.0
+    padded: Padded | None = None
+
+    @property
+    def place(self) -> tuple[float, int, int]:
+        """(scale, stride, offset) as conv1x1_dgrad takes them."""
+        return (self.scale, *(self.padded or (0, 0)))
 
     def added_to(self, dx: Tensor) -> Tensor:
         if self.tensor is None:
             return dx
-        return dx.add_(masked(self.tensor, self.mask))
+        dz = masked(self.tensor, self.mask)
+        return dx.add_(dz, alpha=self.scale) if self.padded is None else self.padded.adjoint(dz, dx, self.scale)
 
 
 class Flow(NamedTuple):
@@ -127,10 +137,10 @@ def forward(
         stats += own
         saved += [u] if spec.save else []
         source = Source(u, p.norm(unit, *own))
-    ends = [_end(spec.units[last], params[last], source, spec.save)]
+    ends = [_end(spec.units[last], params[last], source, spec)]
     if spec.shortcut == "projection":
-        ends.append(_end(spec.units[-1], params[-1], Source(x, None), spec.save))
-    y, mask = _join(ends, x if spec.shortcut == "identity" else residual, spec)
+        ends.append(_end(spec.units[-1], params[-1], Source(x, None), spec))
+    y, mask = _join(ends, x if spec.from_x else residual, spec)
     for end in ends:
         stats += end.stats
         saved += end.saved
@@ -146,15 +156,16 @@ def _conv(unit: UnitSpec, weight: Tensor, source: Source, stats: bool) -> tuple[
     return u, raw_stats(unit, u) if stats else ()
 
 
-def _end(unit: UnitSpec, p: UnitParams, source: Source, save: bool) -> End:
-    stride = unit.geometry.stride[0]
+def _end(unit: UnitSpec, p: UnitParams, source: Source, spec: BlockSpec) -> End:
+    stride, save = unit.geometry.stride[0], spec.save
     if unit.plan == "gram":
         center = sample_center(source.u, *source.affine)
         gram = Gram(center, *_ops.gram(source.u, *source.affine, center, stride))
         stats = conv_stats(gram, p.weight)
         return End(source, p.weight, stride, p.norm(unit, *stats), None, stats, tuple(gram) if save else ())
     takes = obstacle(unit, p.weight, source.norm is not None) is None
-    if takes and not unit.batch_stats and not (save and unit.needs_raw):  # statistics are given: one product does all
+    raw_wanted = unit.batch_stats or (save and unit.needs_raw) or not spec.adds_as_it_is
+    if takes and not raw_wanted:  # statistics are given: one product does all
         return End(source, p.weight, stride, p.norm(unit), None, (), ())
     raw, own = _conv(unit, p.weight, source, unit.batch_stats)
     kept = save and unit.plan == "keep" and unit.needs_raw
@@ -192,7 +203,9 @@ def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Te
             residual, other_affine = other.raw, (other.norm.scale, other.norm.shift)
     if main.raw is None:
         return _expand(main, residual, *tail)
-    return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, *other_affine, *tail)
+    if projection:
+        return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, *other_affine, *tail)
+    return add_shortcut(main.raw, main.norm, residual, spec, *tail)
 
 
 # -------------------------------------------------------------------------------------------- backward
@@ -220,7 +233,9 @@ def backward(
     raws, mask = saved[:last], saved[-1] if spec.relu else None
     ends = split_end_saved(saved[last:], spec)
     sources = [Source(x, None), *map(Source, raws, norms[:last])]
-    shortcut = Shortcut(dy, mask) if spec.shortcut == "identity" and needs.x else Shortcut()
+    shortcut = Shortcut()
+    if spec.from_x and needs.x and spec.shortcut_scale != 0:
+        shortcut = Shortcut(dy, mask, spec.shortcut_scale, spec.padded if spec.shortcut == "padded" else None)
 
     def wanted(i: int) -> tuple[bool, bool]:
         return i > 0 or needs.x, needs.weights[i]
@@ -239,6 +254,8 @@ def backward(
         units.append(grads)
         dx = flow.grad
     dz = masked(dy, mask) if spec.shortcut == "residual" else dy
+    if spec.shortcut == "residual" and spec.shortcut_scale != 1:
+        dz = dz * spec.shortcut_scale
     return BlockGrads(dx, dz, units)
 
 
@@ -290,7 +307,7 @@ def _conv_backward(
     if needs[1]:
         dw = _ops.conv1x1_wgrad(grad, *prologue, u, *source.affine, stride, False, False)[0]
     if needs[0]:
-        end: tuple[Any, ...] = (*shortcut, None, None, None, None)
+        end: tuple[Any, ...] = (*shortcut[:2], None, None, None, None, *shortcut.place)
         if source.norm is not None:
             end = (None, None, u, source.norm.scale, source.norm.shift, source.norm.mean)
         dx, *own = _ops.conv1x1_dgrad(grad, *prologue, weight, *u.shape[2:], stride, *end)
@@ -327,7 +344,7 @@ def _gram_backward(
     into_a = (w * norm.scale.unsqueeze(1)).to(dtype).view_as(p.weight)
     end: tuple[Any, ...]
     if source.norm is None:
-        end = (None, None, minus_q, constant, None, stride, *shortcut)
+        end = (None, None, minus_q, constant, None, stride, *shortcut[:2])
         return Flow(_ops.expand_dgrad(dy, mask, into_a, source.u, *end)[0]), grads
     end = (*source.affine, minus_q, constant, source.norm.mean, 1, None, None)
     dz, *sums = _ops.expand_dgrad(dy, mask, into_a, source.u, *end)
