@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
     x: int
     outs: list[int]  # of each chain unit's raw output, equal to its activation's
-    shortcut: int  # 0 without a shortcut
+    shortcut: int  # what the sum reads of it; 0 without one
     projected: bool
     mask: float
 
@@ -58,8 +58,10 @@ def sizes_of(x_shape: tuple[int, ...], itemsize: int, units: tuple, spec: BlockS
         outs.append(math.prod(shape) * itemsize)
     n, k, p, q = shape
     mask = 4 * math.ceil(k / 32) * n * p * q if spec.relu else 0
-    return Sizes(math.prod(x_shape) * itemsize, outs, 0 if spec.shortcut == "none" else outs[-1],
-                 spec.shortcut == "projection", mask)  # fmt: skip
+    shortcut = 0 if spec.shortcut == "none" else outs[-1]
+    if spec.shortcut == "padded":
+        shortcut = n * x_shape[1] * p * q * itemsize
+    return Sizes(math.prod(x_shape) * itemsize, outs, shortcut, spec.shortcut == "projection", mask)
 
 
 def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
@@ -75,6 +77,9 @@ def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     if s.shortcut:
         fwd += 2 * y + y
         bwd += 3 * s.x
+    if spec.shortcut == "padded":  # made as a tensor of its own; its gradient read, and scattered
+        fwd += s.shortcut + y
+        bwd += s.shortcut + s.x
     if s.projected:
         fwd += s.x + y + 3 * y
         bwd += 5 * y + 2 * (y + s.x)
@@ -126,7 +131,7 @@ def kernel_bytes(s: Sizes, spec: BlockSpec, on_kernels: list[bool]) -> Bytes:
         end = _kernel_end(spec.units[-1].plan, s.x, y, s.mask, on_kernels[-1], False)
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward + s.x, saved + end.saved
     elif s.shortcut:
-        bwd += y + s.mask  # dy * mask, read by the first unit's dgrad
+        bwd += s.shortcut + s.mask  # dy * mask, read by the first unit's dgrad
     return Bytes(fwd, bwd, saved)
 
 
@@ -182,7 +187,9 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
     bwd += (2 * y + s.mask) if spec.relu else y
-    if s.shortcut:
+    if spec.shortcut == "padded":  # added to every stride-th pixel
+        bwd += 3 * s.shortcut
+    elif s.shortcut:
         bwd += s.x if last > 0 and not s.projected else 3 * s.x
     return Bytes(fwd, bwd, saved)
 
