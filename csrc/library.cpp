@@ -8,9 +8,11 @@ namespace resnet_fused {
 
 STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def("add_stats(Tensor x, Tensor u, Tensor? scale, Tensor? shift) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
       "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
-      " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor mask)");
+      " Tensor? residual_shift, bool relu, bool save_mask, int residual_stride=0, int residual_offset=0)"
+      " -> (Tensor y, Tensor mask)");
   m.def("relu_mask(Tensor y) -> Tensor");
   m.def(
       "gram_operand(Tensor x, Tensor? scale, Tensor? shift, bool relu, Tensor center, int stride)"
@@ -20,7 +22,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       " bool write_dz) -> (Tensor dz, Tensor sum_dz, Tensor sum_dz_xc)");
   m.def(
       "bn_act_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? scale, Tensor? shift, Tensor mean,"
-      " Tensor coef_dz, Tensor coef_x, Tensor coef_1) -> Tensor dx");
+      " Tensor coef_dz, Tensor coef_x, Tensor coef_1, Tensor? addend=None) -> Tensor dx");
+  m.def("gate_act(Tensor v, Tensor x, Tensor f, bool relu, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "gate_act_backward(Tensor dy, Tensor? mask, Tensor v, Tensor x, Tensor f)"
+      " -> (Tensor dv, Tensor dx, Tensor df)");
   m.def(
       "bn_act_pool(Tensor x, Tensor scale, Tensor shift, int kernel, int stride, int padding)"
       " -> (Tensor y, Tensor argmax)");
@@ -35,7 +41,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "conv1x1_dgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
       " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor weight, int height, int width, int stride,"
       " Tensor? addend, Tensor? addend_mask, Tensor? gate_u, Tensor? gate_scale, Tensor? gate_shift,"
-      " Tensor? gate_mean) -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
+      " Tensor? gate_mean, float addend_scale=1.0, int addend_stride=0, int addend_offset=0)"
+      " -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
   m.def(
       "conv1x1_wgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
       " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor x, Tensor? x_scale, Tensor? x_shift, int "
@@ -63,7 +70,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor weight, int height, int width, int[] "
       "geometry,"
       " Tensor? addend, Tensor? addend_mask, Tensor? gate_u, Tensor? gate_scale, Tensor? gate_shift,"
-      " Tensor? gate_mean) -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
+      " Tensor? gate_mean, float addend_scale=1.0, int addend_stride=0, int addend_offset=0)"
+      " -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xc)");
   m.def(
       "conv2d_wgrad(Tensor dy, Tensor? mask, Tensor? u, Tensor? scale, Tensor? shift, Tensor? mean,"
       " Tensor? coef_dz, Tensor? coef_x, Tensor? coef_1, Tensor x, Tensor? x_scale, Tensor? x_shift,"
@@ -73,11 +81,14 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
 template <class Library>
 void implement(Library& m) {
   m.impl("bn_stats", TORCH_BOX(&bn_stats));
+  m.impl("add_stats", TORCH_BOX(&add_stats));
   m.impl("bn_act", TORCH_BOX(&bn_act));
   m.impl("relu_mask", TORCH_BOX(&relu_mask));
   m.impl("gram_operand", TORCH_BOX(&gram_operand));
   m.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce));
   m.impl("bn_act_backward_apply", TORCH_BOX(&bn_act_backward_apply));
+  m.impl("gate_act", TORCH_BOX(&gate_act));
+  m.impl("gate_act_backward", TORCH_BOX(&gate_act_backward));
   m.impl("bn_act_pool", TORCH_BOX(&bn_act_pool));
   m.impl("bn_act_pool_backward", TORCH_BOX(&bn_act_pool_backward));
 }

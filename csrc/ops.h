@@ -18,10 +18,16 @@ using OptionalTensor = std::optional<Tensor>;
 // Mean and biased variance of x over N, H and W.
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 
+// y = x + u, or x + scale * u + shift, and the mean and biased variance of y over N, H and W.
+std::tuple<Tensor, Tensor, Tensor> add_stats(const Tensor& x, const Tensor& u, const OptionalTensor& scale,
+                                             const OptionalTensor& shift);
+
 // y = relu?(scale * x + shift [+ residual | + residual_scale * residual + residual_shift]) and its mask.
+// With residual_stride, residual has other pixels and channels: see PaddedShortcut in common/rows.h.
 std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                   const OptionalTensor& residual, const OptionalTensor& residual_scale,
-                                  const OptionalTensor& residual_shift, bool relu, bool save_mask);
+                                  const OptionalTensor& residual_shift, bool relu, bool save_mask,
+                                  int64_t residual_stride, int64_t residual_offset);
 
 // The mask of an already activated tensor.
 Tensor relu_mask(const Tensor& y);
@@ -38,10 +44,19 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_reduce(const Tensor& dy, cons
                                                           const OptionalTensor& shift,
                                                           const OptionalTensor& mean, bool write_dz);
 
-// dx = coef_dz * dz + coef_x * (x - mean) + coef_1.
+// dx = coef_dz * dz + coef_x * (x - mean) + coef_1 [+ addend].
 Tensor bn_act_backward_apply(const Tensor& dy, const OptionalTensor& mask, const Tensor& x,
                              const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& mean,
-                             const Tensor& coef_dz, const Tensor& coef_x, const Tensor& coef_1);
+                             const Tensor& coef_dz, const Tensor& coef_x, const Tensor& coef_1,
+                             const OptionalTensor& addend);
+
+// y = relu?((1 - g) * x + g * f) with g = sigmoid(v), and its mask.
+std::tuple<Tensor, Tensor> gate_act(const Tensor& v, const Tensor& x, const Tensor& f, bool relu,
+                                    bool save_mask);
+
+// The gradients of v, x and f for dy * mask.
+std::tuple<Tensor, Tensor, Tensor> gate_act_backward(const Tensor& dy, const OptionalTensor& mask,
+                                                     const Tensor& v, const Tensor& x, const Tensor& f);
 
 // y = maxpool(relu(scale * x + shift)) and the winning tap of each window, int8.
 std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -60,15 +75,16 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1(const Tensor& x, const Tensor& weight
                                            const OptionalTensor& shift, int64_t stride, bool stats);
 
 // dx [N, C, height, width] of conv1x1 for the gradient of its output: dy, or with u, the raw output, that of
-// a batch norm behind it. Then addend * addend_mask is added, or relu' of gate_scale*gate_u + gate_shift
-// gates it, and the sums of dx and dx * (gate_u - gate_mean) are taken.
+// a batch norm behind it. Then addend_scale * addend * addend_mask is added, or relu' of gate_scale*gate_u +
+// gate_shift gates it, and the sums of dx and dx * (gate_u - gate_mean) are taken. With addend_stride, the
+// addend is the gradient of what a padded shortcut makes of x: see PaddedAddend in gemm/gemm.h.
 std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
     const Tensor& dy, const OptionalTensor& mask, const OptionalTensor& u, const OptionalTensor& scale,
     const OptionalTensor& shift, const OptionalTensor& mean, const OptionalTensor& coef_dz,
     const OptionalTensor& coef_x, const OptionalTensor& coef_1, const Tensor& weight, int64_t height,
     int64_t width, int64_t stride, const OptionalTensor& addend, const OptionalTensor& addend_mask,
     const OptionalTensor& gate_u, const OptionalTensor& gate_scale, const OptionalTensor& gate_shift,
-    const OptionalTensor& gate_mean);
+    const OptionalTensor& gate_mean, double addend_scale, int64_t addend_stride, int64_t addend_offset);
 
 // dw [K, C, 1, 1] of conv1x1, in the accumulation type if `wide`; without u, also the sums of dy * mask (or
 // empty).
@@ -124,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_dgrad(
     const OptionalTensor& coef_x, const OptionalTensor& coef_1, const Tensor& weight, int64_t height,
     int64_t width, std::vector<int64_t> geometry, const OptionalTensor& addend,
     const OptionalTensor& addend_mask, const OptionalTensor& gate_u, const OptionalTensor& gate_scale,
-    const OptionalTensor& gate_shift, const OptionalTensor& gate_mean);
+    const OptionalTensor& gate_shift, const OptionalTensor& gate_mean, double addend_scale,
+    int64_t addend_stride, int64_t addend_offset);
 
 // dw [K, C / groups, *kernel_size] of conv2d, memory KRSC: see conv1x1_wgrad.
 Tensor conv2d_wgrad(const Tensor& dy, const OptionalTensor& mask, const OptionalTensor& u,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from . import functional, models, reference
-from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct
+from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct, ScaledBasicBlock, ScaledBottleneck
 from .convert import fuse_, unfuse_
 from .explain import explain
+from .gated import GateAct, GatedBlock
 from .inference import optimize_for_inference
+from .preact import PreActBasicBlock, PreActBottleneck, PreActSequential
+from .reference import PaddedShortcut
 
 __version__ = "0.1.0"
 
@@ -15,6 +18,14 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNAct",
+    "GateAct",
+    "GatedBlock",
+    "PaddedShortcut",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActSequential",
+    "ScaledBasicBlock",
+    "ScaledBottleneck",
     "explain",
     "functional",
     "fuse_",

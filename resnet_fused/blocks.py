@@ -43,6 +43,8 @@ class FusedBlock(NotScripted, nn.Module):
     """
 
     memory: functional.Memory = "lean"
+    branch_scale: float = 1.0  # of the two terms of the sum
+    shortcut_scale: float = 1.0
 
     def layers(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         """(conv name, conv, norm name, norm) of the main path, in order."""
@@ -76,6 +78,16 @@ class FusedBlock(NotScripted, nn.Module):
             return None
         return conv, bn
 
+    def shortcut(self, x: Tensor) -> Any:
+        """As `functional.residual_block` takes it; a module of another kind runs here."""
+        down: Any = getattr(self, "downsample", None)
+        if down is None:
+            return "identity"
+        if type(down) is reference.PaddedShortcut and hook_reason("downsample", down) is None:
+            return down.padded
+        projection = self.projection()
+        return convbn_of(*projection) if projection else down(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""
         if isinstance(x, Proxy):
@@ -84,11 +96,9 @@ class FusedBlock(NotScripted, nn.Module):
         if reason is not None:
             record(x, (), None, None, reason)
             return super().forward(x)
-        down: Any = getattr(self, "downsample", None)
-        projection = self.projection()
-        shortcut: Any = "identity" if down is None else convbn_of(*projection) if projection else down(x)
         units = [convbn_of(conv, bn) for _, conv, _, bn in self.layers()]  # type: ignore[arg-type]
-        return functional.residual_block(x, units, shortcut, memory=self.memory)
+        scales = (self.branch_scale, self.shortcut_scale)
+        return functional.residual_block(x, units, self.shortcut(x), True, self.memory, *scales)
 
 
 class BasicBlock(FusedBlock, reference.BasicBlock):
@@ -105,6 +115,22 @@ class Bottleneck(FusedBlock, reference.Bottleneck):
     Arguments and state_dict of `torchvision.models.resnet.Bottleneck`, groups and base_width (ResNeXt, wide)
     included. x: [N, inplanes, H, W]; returns [N, 4*planes, ceil(H/stride), ceil(W/stride)] channels_last.
     """
+
+
+class ScaledBasicBlock(BasicBlock):
+    """relu(shortcut_scale * shortcut(x) + branch_scale * F(x)) with BasicBlock's F; the scales cost no pass."""
+
+    def __init__(self, *args: Any, branch_scale: float = 0.1, shortcut_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.branch_scale, self.shortcut_scale = branch_scale, shortcut_scale
+
+
+class ScaledBottleneck(Bottleneck):
+    """relu(shortcut_scale * shortcut(x) + branch_scale * F(x)) with Bottleneck's F; the scales cost no pass."""
+
+    def __init__(self, *args: Any, branch_scale: float = 0.1, shortcut_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.branch_scale, self.shortcut_scale = branch_scale, shortcut_scale
 
 
 class ConvBNAct(NotScripted, nn.Module):

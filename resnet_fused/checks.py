@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .ops.layout import acc_dtype
+
 if TYPE_CHECKING:
     from .functional import ConvBN
+    from .ops.layout import Padded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,6 +46,19 @@ def fallback_reason(x: Tensor, has_norm: bool = True) -> str | None:
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether a tensor of `shape` can be added in place to one of shape `to`."""
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def check_padded(padded: Padded, x_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a padded shortcut gives x [N, C, H, W] in a block whose chain gives `shape`."""
+    stride, before = padded
+    if stride < 1:
+        raise ValueError(f"shortcut.stride is {stride}, expected at least 1")
+    if not 0 <= before <= shape[1] - x_shape[1]:
+        raise ValueError(
+            f"shortcut.before is {before}, expected 0 to {shape[1] - x_shape[1]}: x has {x_shape[1]} channels, the "
+            f"chain gives {shape[1]}"
+        )
+    return padded.shape(x_shape, shape[1])
 
 
 def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> tuple[int, int, int, int]:
@@ -85,6 +103,58 @@ def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> 
             f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
         )
     return shape
+
+
+def check_preact(
+    x: Tensor, units: Sequence[ConvBN], projection: ConvBN | None, stats: tuple[Tensor, Tensor] | None
+) -> list[tuple[int, ...]]:
+    """Checks a pre-activation block's arguments; the shape [N, C, H, W] of each unit's input."""
+    shape = tuple(x.shape)
+    shapes: list[tuple[int, ...]] = []
+    for i, unit in enumerate(units):
+        after = check_unit(f"units[{i}]", _conv_of(unit), shape, x)
+        _check_norm(f"units[{i}]", unit, shape, x)
+        shapes.append(shape)
+        shape = after
+    got = tuple(x.shape)
+    if projection is not None:
+        if projection.has_norm:
+            raise ValueError("projection has a norm, expected has_norm=False: its input is normalised already")
+        got = check_unit("projection", projection, got, x)
+    if got != shape:
+        what = "x has" if projection is None else "projection gives"
+        raise ValueError(f"preact_block: {what} shape {list(got)}, expected {list(shape)} (the chain's)")
+    for name, t in zip(("mean", "var"), stats or (), strict=False):
+        if tuple(t.shape) != (x.shape[1],) or t.dtype != acc_dtype(x.dtype) or t.device != x.device:
+            raise ValueError(
+                f"stats: {name} is {list(t.shape)} {t.dtype} on {t.device}, expected [{x.shape[1]}] "
+                f"{acc_dtype(x.dtype)} on {x.device}"
+            )
+    return shapes
+
+
+def _conv_of(unit: ConvBN) -> ConvBN:
+    """The unit's convolution alone."""
+    return replace(unit, gamma=None, beta=None, running_mean=None, running_var=None, has_norm=False, training=False)
+
+
+def _check_norm(name: str, unit: ConvBN, shape: tuple[int, ...], x: Tensor) -> None:
+    """The norm in front of a convolution, of an input of this shape [N, C, H, W]."""
+    if not unit.has_norm:
+        raise ValueError(f"{name} has no norm, expected has_norm=True")
+    for field in ("gamma", "beta", "running_mean", "running_var"):
+        t = getattr(unit, field)
+        if t is not None and (tuple(t.shape) != (shape[1],) or t.device != x.device):
+            raise ValueError(
+                f"{name}.{field} has shape {list(t.shape)} on {t.device}, expected [{shape[1]}] (input channels) on "
+                f"{x.device}"
+            )
+    if (unit.running_mean is None) != (unit.running_var is None):
+        raise ValueError(f"{name}: running_mean and running_var must both be given, or neither")
+    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
+        )
 
 
 def _check_geometry(name: str, unit: ConvBN) -> None:

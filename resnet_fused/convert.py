@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .blocks import FusedBlock, FusedStem
 from .checks import check_memory
 from .functional import Memory
+from .reference import PaddedShortcut
 
 # Block classes whose forward is known, by name, so that neither package is imported.
 _BLOCKS = {
@@ -192,7 +193,8 @@ def _fuse_block(name: str, block: nn.Module, memory: Memory, report: Report) -> 
     assert isinstance(block, FusedBlock)
     block.memory = memory
     reason = block.composed_reason()
-    if reason is None and block.projection() is None and getattr(block, "downsample", None) is not None:
+    down = getattr(block, "downsample", None)
+    if reason is None and block.projection() is None and down is not None and type(down) is not PaddedShortcut:
         report.rows.append(ReportRow(name, kind, True, "its downsample runs as it is, its output is added"))
         return
     report.rows.append(ReportRow(name, kind, reason is None, reason or ""))

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock, FusedStem
 from .ops.bn_act_pool import Pool
-from .planner import explain_units
+from .ops.preact_block import PreActSpec
+from .planner import explain_units, special_shortcut
+from .preact import PreActBlock
 from .recorder import Call, recording
 from .traffic import Bytes, block_bytes, stem_bytes, units_on_kernels
 
-_OURS = (FusedBlock, ConvBNAct, BNReLUMaxPool)
+_OURS = (FusedBlock, PreActBlock, ConvBNAct, BNReLUMaxPool)
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,21 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
     if call.reason is not None:
         return Row(name, kind, call.x_shape, "eager", call.reason)
     spec: Any = call.spec
+    if isinstance(spec, PreActSpec):
+        return Row(name, kind, call.x_shape, "fused", "normalised, activated and added in the passes between")
     if isinstance(spec, Pool):
         tail = "batch norm, ReLU and max pool in one pass"
         plan, reason = ("cuda: conv", f"statistics with the convolution, {tail}") if call.units else ("fused", tail)
         return _counted(name, kind, call, plan, reason, *stem_bytes(call))
     projected = spec.shortcut == "projection"
     everything = [*call.units, *([call.shortcut] if projected else [])]
-    reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype, call.kernels)
+    special = special_shortcut(spec.shortcut, spec.shortcut_scale)
+    reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype, call.kernels, special)
     ends = [reasons[spec.chain - 1], *([reasons[-1]] if projected else [])]
     on_kernels = call.kernels and any(units_on_kernels(call))
     plan = ("cuda: " if on_kernels else "aten: ") + " + ".join(p for p, _ in ends)
-    return _counted(name, kind, call, plan, "; ".join(dict.fromkeys(r for _, r in ends)), *block_bytes(call))
+    why = dict.fromkeys([*(r for _, r in ends), *([special] if special else [])])
+    return _counted(name, kind, call, plan, "; ".join(why), *block_bytes(call))
 
 
 def _counted(name: str, kind: str, call: Call, plan: str, reason: str, eager: Bytes, ours: Bytes) -> Row:

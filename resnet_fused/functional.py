@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import broadcasts, check_memory, check_unit, fallback_reason
+from .checks import DTYPES, broadcasts, check_memory, check_padded, check_preact, check_unit, fallback_reason
 from .ops.aten import Geometry
 from .ops.block import BlockSpec, UnitSpec
-from .ops.layout import acc_dtype, autocast_type
+from .ops.layout import Padded, acc_dtype, autocast_type, to_nhwc
 from .ops.pointwise import matrix_kernels_take
+from .ops.preact_block import PreActSpec
 from .ops.residual_block import ResidualBlock, encode
-from .planner import plan_units
+from .planner import plan_units, special_shortcut
 from .recorder import record
 
 Memory = Literal["lean", "fast"]
@@ -78,14 +79,17 @@ def conv_bn_act(
 def residual_block(
     x: Tensor,
     units: Sequence[ConvBN],
-    shortcut: Literal["identity"] | Tensor | ConvBN | None = "identity",
+    shortcut: Literal["identity"] | Tensor | ConvBN | Padded | None = "identity",
     relu: bool = True,
     memory: Memory = "lean",
+    branch_scale: float = 1.0,
+    shortcut_scale: float = 1.0,
 ) -> Tensor:
     """act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)): a whole block, forward and backward fused.
 
-    x: [N, C, H, W]. `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), or None.
-    A shortcut that broadcasts to [N, K, P, Q] runs as plain PyTorch.
+    x: [N, C, H, W]. `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), a Padded (x
+    strided, with channels of zeros), or None. A shortcut that broadcasts to [N, K, P, Q] runs as plain PyTorch.
+    `branch_scale` and `shortcut_scale` multiply the two terms of the sum; they cost no pass over memory.
     `memory`: "lean" never keeps the last unit's raw output, "fast" keeps it.
     Returns [N, K, P, Q] channels_last; running statistics of training units are moved in place.
     Source of the mathematics: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5;
@@ -102,10 +106,11 @@ def residual_block(
         shapes, reason = _check(x, everything, shortcut, residual)
     if reason is not None:
         record(plain, units, shortcut, None, reason)
-        return reference.residual_block(plain, units, shortcut, relu)
-    spec = _specify(x, everything, residual, _kind(shortcut), relu, memory)
+        return reference.residual_block(plain, units, shortcut, relu, branch_scale, shortcut_scale)
+    spec = _specify(x, everything, residual, shortcut, relu, memory, shortcut_scale)
     record(x, units, shortcut, spec, None)
-    tensors = [t for unit in everything for t in _flat(unit, x, spec.save)]
+    factors = [1.0] * (len(units) - 1) + [branch_scale, shortcut_scale]
+    tensors = [t for unit, factor in zip(everything, factors, strict=False) for t in _flat(unit, x, spec.save, factor)]
     if spec.save:
         y, *stats = ResidualBlock.apply(spec, x, residual, *tensors)
     else:
@@ -121,10 +126,12 @@ def _kind(shortcut: object) -> str:
         return "residual"
     if isinstance(shortcut, ConvBN):
         return "projection"
+    if isinstance(shortcut, Padded):
+        return "padded"
     if shortcut is None:
         return "none"
     if shortcut != "identity":
-        raise ValueError(f'shortcut is {shortcut!r}, expected "identity", a Tensor, a ConvBN or None')
+        raise ValueError(f'shortcut is {shortcut!r}, expected "identity", a Tensor, a ConvBN, a Padded or None')
     return "identity"
 
 
@@ -161,6 +168,8 @@ def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | 
     if projected:
         got = check_unit("shortcut", units[-1], tuple(x.shape), x)
         shapes.append(got)
+    if isinstance(shortcut, Padded):
+        got = check_padded(shortcut, got, shape)
     if not broadcasts(got, shape):
         raise ValueError(f"residual_block: shortcut gives shape {list(got)}, expected {list(shape)} (the chain's)")
     if residual is not None and (residual.dtype, residual.device) != (x.dtype, x.device):
@@ -171,11 +180,14 @@ def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | 
 
 
 def _specify(
-    x: Tensor, units: list[ConvBN], residual: Tensor | None, kind: str, relu: bool, memory: Memory
+    x: Tensor, units: list[ConvBN], residual: Tensor | None, shortcut: object, relu: bool, memory: Memory, scale: float
 ) -> BlockSpec:
+    kind = _kind(shortcut)
+    scale = 1.0 if kind in ("projection", "none") else float(scale)
+    special = special_shortcut(kind, scale)
     tensors = [x, residual, *(t for u in units for t in (u.weight, u.gamma, u.beta, u.bias))]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-    plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype, matrix_kernels_take(x))
+    plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype, matrix_kernels_take(x), special)
     specs = tuple(
         UnitSpec(
             u.geometry,
@@ -186,7 +198,7 @@ def _specify(
         )
         for u, plan in zip(units, plans, strict=True)
     )
-    return BlockSpec(specs, kind, relu, save)
+    return BlockSpec(specs, kind, relu, save, scale, shortcut if isinstance(shortcut, Padded) else Padded())
 
 
 def vector(t: Tensor | None, default: float, like: Tensor, size: int) -> Tensor:
@@ -204,8 +216,16 @@ def given_stats(running_mean: Tensor | None, running_var: Tensor | None, like: T
     return tuple(t.clone() for t in stats) if save else stats
 
 
-def _flat(unit: ConvBN, x: Tensor, save: bool) -> tuple[Tensor, ...]:
-    """(weight, gamma, beta, mean, var) as the op takes them: a missing norm is the identity's."""
+def _flat(unit: ConvBN, x: Tensor, save: bool, factor: float = 1.0) -> tuple[Tensor, ...]:
+    """(weight, gamma, beta, mean, var) as the op takes them: those of `factor` times the unit."""
+    weight, gamma, beta, *stats = _normalised(unit, x, save)
+    if factor != 1:
+        gamma, beta = gamma * factor, beta * factor
+    return weight, gamma, beta, *stats
+
+
+def _normalised(unit: ConvBN, x: Tensor, save: bool) -> tuple[Tensor, ...]:
+    """(weight, gamma, beta, mean, var): a missing norm is the identity's."""
     k = unit.weight.shape[0]
     if not unit.has_norm:
         beta = vector(unit.bias, 0, x, k)
@@ -249,3 +269,86 @@ def move_running(
             running.lerp_(batch, factor)
         else:  # one rounding, at the end
             running.copy_(torch.lerp(running.to(batch.dtype), batch, factor))
+
+
+# -------------------------------------------------------------------------------------------- pre-activation
+
+Stats = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BNConv(ConvBN):
+    """One unit conv(relu(bn(x))): fields as ConvBN's, but the norm's are [C], those of the input's channels."""
+
+
+def preact_block(
+    x: Tensor,
+    units: Sequence[BNConv],
+    projection: ConvBN | None = None,
+    stats: Stats | None = None,
+    hand_on: bool = False,
+) -> tuple[Tensor, Stats | None]:
+    """u_n + x with u_i = conv_i(relu(bn_i(u_{i-1}))), u_0 = x: a pre-activation block, forward and backward fused.
+
+    x: [N, C, H, W]. `projection`, a convolution without a norm, takes relu(bn_1(x)) and stands in for the identity.
+    `stats`: mean and biased variance of x, each [C] in the accumulation type, from the block that wrote x; without
+    them a pass over x takes them. Their gradient is part of x's. `hand_on`: whether to return those of y, which the
+    pass that writes y takes. Returns (y [N, K, P, Q] channels_last, (mean, var) or None); running statistics of
+    training units are moved in place. Source: He et al., "Identity Mappings in Deep Residual Networks" (2016),
+    figure 1. Second derivatives raise.
+    """
+    if not units:
+        raise ValueError("units is empty, expected at least one BNConv")
+    plain, everything = x, [*units, *([] if projection is None else [projection])]
+    reason = fallback_reason(x)
+    if reason is None:
+        x, cast, _ = _autocast(x, [*everything], None)
+        shapes = check_preact(x, cast[: len(units)], None if projection is None else cast[-1], stats)
+        biased = any(unit.bias is not None for unit in everything)
+        reason = "a convolution has a bias" if biased else None
+    if reason is not None:
+        record(plain, units, projection, None, reason)
+        return reference.preact_block(plain, units, projection), None
+    spec = PreActSpec(tuple(u.geometry for u in cast), tuple(u.batch_stats for u in units), tuple(u.eps for u in units))
+    tensors = [x, *(t for u in cast for t in (u.weight, u.gamma, u.beta))]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+    record(x, units, projection, spec, None)
+    vectors = [_norm_vectors(unit, x, shape[1], save) for unit, shape in zip(units, shapes, strict=True)]
+    lists = [list(v) for v in zip(*vectors, strict=True)]
+    used = stats if stats is not None and units[0].batch_stats else ()
+    y, *rest = torch.ops.resnet_fused.preact_block(
+        to_nhwc(x), [u.weight for u in cast], *lists, list(used), *spec.encode(), hand_on, save
+    )
+    own, rest = rest[: 2 * hand_on], rest[2 * hand_on :]
+    _update_running(list(units), rest, shapes)
+    return y, (own[0], own[1]) if hand_on else None
+
+
+def _norm_vectors(unit: ConvBN, x: Tensor, size: int, save: bool) -> tuple[Tensor, ...]:
+    """(gamma, beta, mean, var) of the norm in front; mean and var are empty with batch statistics."""
+    affine = vector(unit.gamma, 1, x, size), vector(unit.beta, 0, x, size)
+    if unit.batch_stats:
+        return *affine, vector(None, 0, x, 0), vector(None, 0, x, 0)
+    return *affine, *given_stats(unit.running_mean, unit.running_var, x, size, save)
+
+
+# ------------------------------------------------------------------------------------------------------ gate
+
+
+def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool = True) -> Tensor:
+    """act((1 - g) x + g f) with g = sigmoid(v): one pass forward, one backward.
+
+    v, x, f: [N, C, H, W] of one dtype, any strides; what eager PyTorch broadcasts or promotes runs as plain PyTorch.
+    Returns [N, C, H, W] channels_last. Second derivatives raise.
+    """
+    reason = fallback_reason(v)
+    if reason is None and (v.dim() != 4 or not v.shape == x.shape == f.shape):
+        reason = "its operands differ in shape"
+    if reason is None and not v.dtype == x.dtype == f.dtype:
+        reason = "its operands differ in dtype"
+    if reason is None and v.dtype not in DTYPES:
+        reason = f"{v.dtype} has no kernel"
+    if reason is not None:
+        return reference.gate_act(v, x, f, relu)
+    save = relu and torch.is_grad_enabled() and any(t.requires_grad for t in (v, x, f))
+    return torch.ops.resnet_fused.gate_act(to_nhwc(v), to_nhwc(x), to_nhwc(f), relu, save)[0]

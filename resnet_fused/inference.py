@@ -38,6 +38,7 @@ from .modules import (
 )
 from .ops.aten import fused_conv, has_fused_conv
 from .ops.layout import to_nhwc
+from .reference import scaled
 
 _EVAL_ONLY = "is the product of optimize_for_inference: it has no batch norms left to train, and no gradients"
 
@@ -53,7 +54,7 @@ class _EvalOnly(NotScripted, nn.Module):
 
 
 class FoldedConv(_EvalOnly):
-    """act(conv(x) + bias + residual) with a batch norm folded into weight and bias.
+    """act(factor * (conv(x) + bias) + residual) with a batch norm and the factor folded into weight and bias.
 
     x: [N, C, H, W] of the weights' dtype; residual: [N, K, P, Q]; returns [N, K, P, Q] channels_last.
     """
@@ -61,9 +62,9 @@ class FoldedConv(_EvalOnly):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, unit: ConvBN, relu: bool) -> None:
+    def __init__(self, unit: ConvBN, relu: bool, factor: float = 1.0) -> None:
         super().__init__()
-        weight, bias = fold(unit)
+        weight, bias = fold(unit, factor)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.geometry = unit.geometry
@@ -131,10 +132,19 @@ class FoldedConv(_EvalOnly):
 class FoldedBlock(_EvalOnly):
     """A residual block of folded convolutions; `shortcut` is a FoldedConv, any other module, or None (identity)."""
 
-    def __init__(self, units: list[ConvBN], shortcut: ConvBN | nn.Module | None) -> None:
+    def __init__(
+        self,
+        units: list[ConvBN],
+        shortcut: ConvBN | nn.Module | None,
+        branch_scale: float = 1.0,
+        shortcut_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(FoldedConv(unit, relu=True) for unit in units)
-        self.shortcut = FoldedConv(shortcut, relu=False) if isinstance(shortcut, ConvBN) else shortcut
+        factors = [1.0] * (len(units) - 1) + [branch_scale]
+        self.convs = nn.ModuleList(FoldedConv(unit, True, factor) for unit, factor in zip(units, factors, strict=True))
+        folds = isinstance(shortcut, ConvBN)
+        self.shortcut = FoldedConv(shortcut, False, shortcut_scale) if isinstance(shortcut, ConvBN) else shortcut
+        self.shortcut_scale = 1.0 if folds else shortcut_scale
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +153,7 @@ class FoldedBlock(_EvalOnly):
             return traced_as_leaf(self, x)
         x = to_nhwc(x)
         shortcut: Any = self.shortcut
-        residual = x if shortcut is None else shortcut(x)
+        residual = scaled(x if shortcut is None else shortcut(x), self.shortcut_scale)
         convs: list[Any] = list(self.convs)
         for conv in convs[:-1]:
             x = conv.run(x)  # past nn.Module's call, which costs as much as a small convolution's launch
@@ -151,8 +161,8 @@ class FoldedBlock(_EvalOnly):
 
 
 @torch.no_grad()
-def fold(unit: ConvBN) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of one convolution equal to conv + batch norm with the running statistics.
+def fold(unit: ConvBN, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of one convolution equal to factor * (conv + batch norm with the running statistics).
 
     Computed in at least float32 and rounded once.
     """
@@ -163,6 +173,7 @@ def fold(unit: ConvBN) -> tuple[Tensor, Tensor]:
         scale = vector(unit.gamma, 1, like, k) * torch.rsqrt(vector(unit.running_var, 1, like, k) + unit.eps)
         weight = weight * scale.view(-1, 1, 1, 1)
         bias = (bias - vector(unit.running_mean, 0, like, k)) * scale + vector(unit.beta, 0, like, k)
+    weight, bias = scaled(weight, factor), scaled(bias, factor)
     return weight.to(like.dtype).contiguous(memory_format=torch.channels_last), bias.to(like.dtype)
 
 
@@ -293,10 +304,10 @@ def _fold_block(name: str, block: FusedBlock, report: FoldReport) -> tuple[str |
         for unit in [*units, *([shortcut] if isinstance(shortcut, ConvBN) else [])]:
             reason = reason or _fold_reason(unit)
     if reason is None and projection is not None:
-        return None, FoldedBlock(units, shortcut)
+        return None, FoldedBlock(units, shortcut, block.branch_scale, block.shortcut_scale)
     _fold_chain(_slots(f"{name}.downsample", down), report)
     if reason is None:
-        return None, FoldedBlock(units, shortcut)
+        return None, FoldedBlock(units, shortcut, block.branch_scale, block.shortcut_scale)
     _fold_chain(_block_slots(name, block), report)
     return reason, None
 

@@ -54,15 +54,28 @@ def gram_obstacle(
     return None
 
 
+def special_shortcut(kind: str, scale: float) -> str | None:
+    """What a shortcut of this kind is, if it is more than a tensor to be added."""
+    if kind == "padded":
+        return "the shortcut is strided and padded where it is read"
+    return None if scale == 1 else "the shortcut is scaled where it is read"
+
+
 def plan_end(
-    unit: ConvBN, x_shape: tuple[int, ...], projection: bool, memory: str, dtype: torch.dtype, kernels: bool
+    unit: ConvBN,
+    x_shape: tuple[int, ...],
+    projection: bool,
+    memory: str,
+    dtype: torch.dtype,
+    kernels: bool,
+    special: str | None = None,
 ) -> tuple[str, str]:
-    """(plan, reason) of an end unit with input shape [N, C, H, W]."""
+    """(plan, reason) of an end unit with input shape [N, C, H, W]; `special` as in `explain_units`."""
     if memory == "fast":
         return "keep", "memory='fast'"
     if unit.weight.shape[2:] != (1, 1):
         return "keep", "running a k x k convolution again costs more than its output"
-    obstacle = gram_obstacle(unit, x_shape, projection, dtype, kernels)
+    obstacle = special or gram_obstacle(unit, x_shape, projection, dtype, kernels)
     if obstacle is None:
         return "gram", "its statistics follow from its operand's Gram matrix"
     return "recompute", obstacle
@@ -75,9 +88,10 @@ def plan_units(
     memory: str,
     dtype: torch.dtype,
     kernels: bool = False,
+    special: str | None = None,
 ) -> list[str]:
     """The plan of every unit of a block; the projection is the last of `units` if `projected`."""
-    return [plan for plan, _ in explain_units(x_shape, units, projected, memory, dtype, kernels)]
+    return [plan for plan, _ in explain_units(x_shape, units, projected, memory, dtype, kernels, special)]
 
 
 def explain_units(
@@ -87,14 +101,15 @@ def explain_units(
     memory: str,
     dtype: torch.dtype,
     kernels: bool = False,
+    special: str | None = None,
 ) -> list[tuple[str, str]]:
-    """(plan, reason) of every unit."""
+    """(plan, reason) of every unit. `special`: what the shortcut is, if it is more than a tensor to be added."""
     last = len(units) - 1 - projected
     shape = x_shape
     plans: list[tuple[str, str]] = []
     for i, unit in enumerate(units[: last + 1]):
         inner = ("keep", "its activation is recomputed from its raw output")
-        plans.append(plan_end(unit, shape, False, memory, dtype, kernels) if i == last else inner)
+        plans.append(plan_end(unit, shape, False, memory, dtype, kernels, special) if i == last else inner)
         shape = unit.geometry.out_shape(shape, unit.weight.shape)
     if projected:
         plans.append(plan_end(units[-1], x_shape, True, memory, dtype, kernels))

@@ -35,16 +35,19 @@ def _problem(*, flags: str = "", sizes: str = "M C", buffers: str, tile: bool = 
 _POOL: dict[str, Any] = {"flags": "kernel stride padding", "sizes": "N H W C"}
 _CONV1X1 = "N H W C K stride"
 _CONV2D = "N H W C K R S stride_h stride_w padding_h padding_w dilation_h dilation_w groups"
+_PADDED = "residual_stride residual_offset residual_H residual_W residual_C"
 _BACKWARD = "u mask scale shift mean coef_dz coef_x coef_1"
 _PROBLEMS = {
     "bn_stats": _problem(buffers="x mean var workspace"),
-    "bn_act": _problem(flags="relu", buffers="x scale shift residual residual_scale residual_shift y mask"),
+    "add_stats": _problem(buffers="x u scale shift y mean var workspace"),
+    "bn_act": _problem(flags=f"relu {_PADDED}", buffers="x scale shift residual residual_scale residual_shift y mask"),
     "relu_mask": _problem(buffers="y mask"),
     "bn_act_backward_reduce": _problem(buffers="dy mask scale shift x mean dz sum_dz sum_dz_xc workspace"),
-    "bn_act_backward_apply": _problem(buffers="dy mask scale shift x mean coef_dz coef_x coef_1 dx"),
+    "bn_act_backward_apply": _problem(buffers="dy mask scale shift x mean coef_dz coef_x coef_1 addend dx"),
     "gram_operand": _problem(flags="relu", sizes="N H W C stride", buffers="x scale shift center a mean workspace"),
     "conv1x1": _problem(sizes=_CONV1X1, buffers="x scale shift weight out mean var workspace", tile=True),
     "conv1x1_dgrad": _problem(
+        flags="addend_stride addend_offset addend_H addend_W addend_C addend_pixels",
         sizes=_CONV1X1,
         buffers=f"dy {_BACKWARD} weight addend addend_mask gate_u gate_scale gate_shift gate_mean dx sum_dz sum_dz_xc "
         "workspace",
@@ -61,6 +64,7 @@ _PROBLEMS = {
         tile=True,
     ),
     "conv2d_dgrad": _problem(
+        flags="addend_stride addend_offset addend_H addend_W addend_C addend_pixels",
         sizes=_CONV2D,
         buffers=f"dy {_BACKWARD} weight addend addend_mask gate_u gate_scale gate_shift gate_mean dx sum_dz sum_dz_xc "
         "workspace",
@@ -79,6 +83,8 @@ _PROBLEMS = {
         buffers="dy mask weight x scale shift q constant mean addend addend_mask dx sum_dz sum_dz_xc workspace",
         tile=True,
     ),
+    "gate_act": _problem(flags="relu", buffers="v x f y mask"),
+    "gate_act_backward": _problem(buffers="dy mask v x f dv dx df"),
     "bn_act_pool": _problem(**_POOL, buffers="x scale shift y argmax"),
     "bn_act_pool_backward": _problem(**_POOL, buffers="dy argmax da"),
 }

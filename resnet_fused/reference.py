@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.layout import Padded
+
 if TYPE_CHECKING:
     from .functional import ConvBN
 
@@ -29,8 +31,11 @@ def average_factor(num_batches_tracked: Tensor | None, momentum: float | None) -
 def conv_bn(x: Tensor, unit: ConvBN) -> Tensor:
     """bn(conv(x)): [N, C, H, W] -> [N, K, P, Q]."""
     u = F.conv2d(x, unit.weight, unit.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
-    if not unit.has_norm:
-        return u
+    return norm(u, unit) if unit.has_norm else u
+
+
+def norm(u: Tensor, unit: ConvBN) -> Tensor:
+    """The unit's batch norm of u [N, K, P, Q]."""
     moves = unit.training and unit.running_mean is not None
     factor = float(average_factor(unit.num_batches_tracked, unit.momentum)) if moves else 0.0
     return F.batch_norm(
@@ -38,19 +43,51 @@ def conv_bn(x: Tensor, unit: ConvBN) -> Tensor:
     )
 
 
-def residual_block(x: Tensor, units: Sequence[ConvBN], shortcut: Any = "identity", relu: bool = True) -> Tensor:
+def residual_block(
+    x: Tensor,
+    units: Sequence[ConvBN],
+    shortcut: Any = "identity",
+    relu: bool = True,
+    branch_scale: float = 1.0,
+    shortcut_scale: float = 1.0,
+) -> Tensor:
     """The plain form of `functional.residual_block`."""
     y = x
     for unit in units[:-1]:
         y = F.relu(conv_bn(y, unit))
-    y = conv_bn(y, units[-1])
+    y = scaled(conv_bn(y, units[-1]), branch_scale)
     if isinstance(shortcut, Tensor):
-        y = y + shortcut
+        y = y + scaled(shortcut, shortcut_scale)
     elif isinstance(shortcut, str):  # "identity"
-        y = y + x
+        y = y + scaled(x, shortcut_scale)
+    elif isinstance(shortcut, Padded):
+        y = y + scaled(shortcut(x, y.shape[1]), shortcut_scale)
     elif shortcut is not None:
-        y = y + conv_bn(x, shortcut)
+        y = y + scaled(conv_bn(x, shortcut), shortcut_scale)
     return F.relu(y) if relu else y
+
+
+def preact_block(x: Tensor, units: Sequence[ConvBN], projection: ConvBN | None = None) -> Tensor:
+    """The plain form of `functional.preact_block`."""
+    y, shortcut = x, x
+    for i, unit in enumerate(units):
+        y = F.relu(norm(y, unit))
+        if i == 0 and projection is not None:
+            shortcut = conv_bn(y, projection)
+        y = F.conv2d(y, unit.weight, unit.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
+    return y + shortcut
+
+
+def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool = True) -> Tensor:
+    """act((1 - g) x + g f) with g = sigmoid(v)."""
+    g = torch.sigmoid(v)
+    y = (1 - g) * x + g * f
+    return F.relu(y) if relu else y
+
+
+def scaled(x: Tensor, by: float) -> Tensor:
+    """x * by; x itself where that is 1."""
+    return x if by == 1 else x * by
 
 
 def bn_act_pool(x: Tensor, bn: nn.BatchNorm2d, kernel: int, stride: int, padding: int) -> Tensor:
@@ -68,10 +105,37 @@ def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
 
+class PaddedShortcut(nn.Module):
+    """The shortcut without parameters ("option A"): every stride-th pixel, channels of zeros around x's.
+
+    `before` of the zero channels come in front, by default none. x: [N, in_channels, H, W]; returns
+    [N, out_channels, ceil(H/stride), ceil(W/stride)].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, before: int = 0) -> None:
+        super().__init__()
+        if stride < 1:
+            raise ValueError(f"stride is {stride}, expected at least 1")
+        if not 0 <= before <= out_channels - in_channels:
+            raise ValueError(
+                f"before is {before}, expected 0 to {out_channels - in_channels} (out_channels - in_channels)"
+            )
+        self.padded = Padded(stride, before)
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.padded(x, self.out_channels)
+
+    def extra_repr(self) -> str:
+        return f"out_channels={self.out_channels}, stride={self.padded.stride}, before={self.padded.before}"
+
+
 class BasicBlock(nn.Module):
     """relu(bn2(conv3x3(relu(bn1(conv3x3(x))))) + shortcut): names, defaults and state_dict of torchvision's."""
 
     expansion: int = 1
+    branch_scale: float = 1.0  # of the two terms of the sum
+    shortcut_scale: float = 1.0
 
     def __init__(
         self,
@@ -100,8 +164,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
+        out = scaled(self.bn2(self.conv2(out)), self.branch_scale)
+        out += scaled(x if self.downsample is None else self.downsample(x), self.shortcut_scale)
         return self.relu(out)
 
 
@@ -109,6 +173,8 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride), 1x1 (x4): names, defaults and state_dict of torchvision's."""
 
     expansion: int = 4
+    branch_scale: float = 1.0  # of the two terms of the sum
+    shortcut_scale: float = 1.0
 
     def __init__(
         self,
@@ -137,9 +203,21 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
+        out = scaled(self.bn3(self.conv3(out)), self.branch_scale)
+        out += scaled(x if self.downsample is None else self.downsample(x), self.shortcut_scale)
         return self.relu(out)
 
 
-__all__ = ["BasicBlock", "Bottleneck", "bn_act_pool", "conv1x1", "conv3x3", "conv_bn", "residual_block"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "PaddedShortcut",
+    "bn_act_pool",
+    "conv1x1",
+    "conv3x3",
+    "conv_bn",
+    "gate_act",
+    "norm",
+    "preact_block",
+    "residual_block",
+]

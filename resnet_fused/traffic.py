@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     x: int
     strided: int  # of the pixels of x that a projection reads
     outs: list[int]  # of each chain unit's raw output, equal to its activation's
-    shortcut: int  # 0 without a shortcut
+    shortcut: int  # what the sum reads of it; 0 without one
     projected: bool
     pointwise: bool  # whether the first unit is a 1x1 convolution
     mask: float
@@ -63,11 +63,14 @@ def sizes_of(x_shape: tuple[int, ...], itemsize: int, units: tuple, spec: BlockS
     n, k, p, q = shape
     rows, columns = spec.units[-1].geometry.stride
     mask = 4 * math.ceil(k / 32) * n * p * q if spec.relu else 0
+    shortcut = 0 if spec.shortcut == "none" else outs[-1]
+    if spec.shortcut == "padded":
+        shortcut = n * x_shape[1] * p * q * itemsize
     return Sizes(
         x=math.prod(x_shape) * itemsize,
         strided=x_shape[0] * x_shape[1] * math.ceil(x_shape[2] / rows) * math.ceil(x_shape[3] / columns) * itemsize,
         outs=outs,
-        shortcut=0 if spec.shortcut == "none" else outs[-1],
+        shortcut=shortcut,
         projected=spec.shortcut == "projection",
         pointwise=tuple(units[0].weight.shape[2:]) == (1, 1),
         mask=mask,
@@ -87,6 +90,9 @@ def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     if s.shortcut:
         fwd += 2 * y + y
         bwd += 3 * s.x
+    if spec.shortcut == "padded":  # made as a tensor of its own; its gradient read, and scattered
+        fwd += s.shortcut + y
+        bwd += s.shortcut + s.x
     if s.projected:
         fwd += s.x + y + 3 * y
         bwd += 5 * y + 2 * (y + s.x)
@@ -141,7 +147,7 @@ def kernel_bytes(s: Sizes, spec: BlockSpec, on_kernels: list[bool]) -> Bytes:
         end = _kernel_end(spec.units[-1].plan, s.x, y, s.mask, on_kernels[-1], False)
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward + s.x, saved + end.saved
     elif s.shortcut:
-        bwd += y + s.mask  # dy * mask, read by the first unit's dgrad
+        bwd += s.shortcut + s.mask  # dy * mask, read by the first unit's dgrad
     return Bytes(fwd, bwd, saved)
 
 
@@ -198,7 +204,9 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
     bwd += (2 * y + s.mask) if spec.relu else y
-    if s.shortcut:  # a 1x1 convolution's dgrad adds the identity's gradient
+    if spec.shortcut == "padded":  # added to every stride-th pixel
+        bwd += 3 * s.shortcut
+    elif s.shortcut:  # a 1x1 convolution's dgrad adds the identity's gradient
         bwd += s.x if last > 0 and not s.projected and s.pointwise else 3 * s.x
     return Bytes(fwd, bwd, saved)
 

@@ -87,7 +87,7 @@ class _Tracer(TorchDispatchMode):
         return out
 
     def _enter(self, given: dict[str, Any]) -> None:
-        config = (given["geometry"], given["eps"], given["shortcut"], given["relu"])
+        config = (given["geometry"], given["eps"], given["shortcut"], given["relu"], given["shortcut_scale"])
         spec, weights = residual_block.decode(*config, True), given["weights"]
         names = [self._names[_storage(w)] for w in weights]
         self._end, self._projection = names[spec.chain - 1], names[-1]

@@ -92,9 +92,11 @@ class Case:
 
     x: Tensor
     units: tuple[ConvBN, ...]
-    shortcut: Any = None  # "identity", a tensor, a ConvBN or None
+    shortcut: Any = None  # "identity", a tensor, a ConvBN, a Padded or None
     relu: bool = True
     memory: str = "lean"
+    branch_scale: float = 1.0
+    shortcut_scale: float = 1.0
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """For hypothesis: shapes and constants, not values."""
@@ -147,10 +149,14 @@ class Case:
         return {name: t for name, t in self.named() if t.requires_grad}
 
     def fused(self) -> Tensor:
-        return functional.residual_block(self.x, self.units, self.shortcut, self.relu, self.memory)
+        return functional.residual_block(
+            self.x, self.units, self.shortcut, self.relu, self.memory, self.branch_scale, self.shortcut_scale
+        )
 
     def eager(self) -> Tensor:
-        return reference.residual_block(self.x, self.units, self.shortcut, self.relu)
+        return reference.residual_block(
+            self.x, self.units, self.shortcut, self.relu, self.branch_scale, self.shortcut_scale
+        )
 
     def observe(self, how: str, dy: Tensor | None = None) -> Observed:
         """Output, gradients and running statistics of one "fused" or "eager" step on copies of the tensors."""

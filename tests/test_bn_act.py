@@ -85,6 +85,9 @@ def check_backward(x: Tensor, gate: str, write_dz: bool) -> None:
     magnitude = terms[0].abs() + wide(coefs[1]).abs() * (x.double().abs() + wide(mean).abs()) + terms[2].abs()
     assert dx.stride() == x.stride()
     assert_rounded(dx, sum(terms), magnitude)
+    addend = torch.randn_like(x)
+    dx = ops.bn_act_backward_apply(dy, mask, x, scale, shift, mean, *coefs, addend)
+    assert_rounded(dx, sum(terms) + addend.double(), magnitude + addend.double().abs())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -298,7 +301,12 @@ def test_reduce_errors(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [*BACKWARD_ERRORS, ({"coef_x": V.double()}, "coef_x has dtype float64, expected float32")]
+    ("changes", "message"),
+    [
+        *BACKWARD_ERRORS,
+        ({"coef_x": V.double()}, "coef_x has dtype float64, expected float32"),
+        ({"addend": X.half()}, "addend has dtype float16, expected float32"),
+    ],
 )
 def test_apply_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match="bn_act_backward_apply: " + message):

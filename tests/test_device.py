@@ -143,6 +143,11 @@ OPS = {
     "reduce, recomputed": Op(REDUCE, backward_reduce, lambda x: (like(x), None, x, v(x), v(x), v(x), False)),
     "reduce, one sum": Op(REDUCE, backward_reduce, lambda x: (like(x), packed(x), None, None, None, None, False)),
     "apply, mask": Op(APPLY, backward_apply, lambda x: (like(x), packed(x), x, None, None, v(x), v(x), v(x), v(x))),
+    "apply, added": Op(
+        lambda *a: (ops.bn_act_backward_apply(*a),),
+        lambda *a: (backward_apply(*a[:-1])[0] + a[-1],),
+        lambda x: (like(x), packed(x), x, None, None, v(x), v(x), v(x), v(x), like(x)),
+    ),
     "apply, recomputed": Op(APPLY, backward_apply, lambda x: (like(x), None, x, *(v(x) for _ in range(6)))),
     "pool": Op(fused_pool, pool, lambda x: (x, v(x), v(x), like(F.max_pool2d(x, *WINDOW)))),
 }

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # Steps of a larger op: a gradient asked of them raises.
 STEPS = (
     "relu_mask", "gram_operand", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_pool_backward",
-    "conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand", "expand_dgrad",
+    "gate_act_backward", "conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand", "expand_dgrad",
     "conv2d", "conv2d_bn_act", "conv2d_dgrad", "conv2d_wgrad",
 )  # fmt: skip
 
@@ -79,6 +79,8 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
         return [backward_args(case) for case in blocks(dtype)]
     if name in STEM:
         return STEM[name](dtype)
+    if name.startswith("preact_block"):
+        return preact_samples(name, dtype)
     if name in POINTWISE:
         return POINTWISE[name](dtype)
     grad = name not in STEPS
@@ -87,6 +89,7 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
         x, dy = activation(c, dtype, grad=grad), activation(c, dtype, grad=grad)
         scale, shift, mean, *coefs = vectors(6, c, dtype, grad=grad)
         mask = OPS.relu_mask(activation(c, dtype))
+        f, v = activation(c, dtype, grad=grad), activation(c, dtype, grad=grad)
         pooled = activation(c, dtype, h=3, w=2, grad=grad)
         argmax = torch.full_like(pooled, 4, dtype=torch.int8)
         out += {
@@ -95,7 +98,11 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
                 (x, scale, shift, None, None, None, True, True),
                 (x, scale, shift, dy, None, None, True, False),
                 (x, scale, shift, dy, mean, coefs[0], False, False),
+                (x, scale, shift, activation(c - 2, dtype, grad=grad, h=9, w=7), None, None, True, True, 2, 1),
             ],
+            "add_stats": [(x, dy, None, None), (x, dy, scale, shift)],
+            "gate_act": [(x, dy, f, True, True), (x, dy, f, False, False)],
+            "gate_act_backward": [(dy, mask, x, f, v), (dy, None, x, f, v)],
             "relu_mask": [(x,)],
             "gram_operand": [(x, scale, shift, True, mean, 1), (x, None, None, False, mean, 2)],
             "bn_act_backward_reduce": [
@@ -106,6 +113,7 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
             "bn_act_backward_apply": [
                 (dy, mask, x, None, None, mean, *coefs),
                 (dy, None, x, scale, shift, mean, *coefs),
+                (dy, mask, x, None, None, mean, *coefs, activation(c, dtype)),
             ],
             "bn_act_pool": [(x, scale, shift, 3, 2, 1), (x, scale, shift, 2, 1, 0)],
             "bn_act_pool_backward": [(pooled, argmax, 5, 4, 3, 2, 1)],
@@ -143,6 +151,7 @@ def conv1x1_dgrad_samples(dtype: torch.dtype) -> list[tuple]:
         (*bn_backward(40, dtype, True), w, 5, 4, 1, None, None, *gate),
         (*bn_backward(40, dtype, False), w, 5, 4, 1, x, OPS.relu_mask(x), *none),
         (*plain_dy(40, dtype, h=3, w=2), w, 5, 4, 2, x, None, *none),
+        (*plain_dy(40, dtype), w, 5, 4, 1, activation(32, dtype, h=3, w=2), None, *none, 0.5, 2, 8),
     ]
 
 
@@ -244,6 +253,41 @@ def stem_backward_samples(dtype: torch.dtype) -> list[tuple]:
     return found
 
 
+def preact_samples(name: str, dtype: torch.dtype) -> list[tuple]:
+    """With an identity and statistics handed in and on; with a projection and given statistics."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    out = []
+    for wide, stride, handed in ((4, 1, True), (6, 2, False)):
+        own = name == "preact_block"
+        x = activation(4, dtype, grad=own)
+        shapes = [(3, 4, 3, 3), (wide, 3, 3, 3), *([(wide, 4, 1, 1)] if stride > 1 else [])]
+        weights = [torch.randn(s).to(dtype).requires_grad_(own) for s in shapes]
+        gammas, betas = ([torch.rand(c, dtype=acc).add_(0.5).requires_grad_(own) for c in (4, 3)] for _ in range(2))
+        sizes = (0, 0) if handed else (4, 3)
+        means, vars = ([torch.rand(c, dtype=acc) for c in sizes] for _ in range(2))
+        given = [torch.rand(4, dtype=acc) for _ in range(2)] if handed else []
+        geometry = [stride, stride, 1, 1, 1, 1, 1, int(handed), 1, 1, 1, 1, 1, 1, 1, int(handed)]
+        geometry += [2, 2, 0, 0, 1, 1, 1, 0] if stride > 1 else []
+        lists, config = (weights, gammas, betas, means, vars, given), (geometry, [1e-5, 1e-5])
+        if own:
+            out.append((x, *lists, *config, handed, True))
+            continue
+        y, *rest = OPS.preact_block(x, *lists, *config, False, True)
+        out.append(
+            (
+                torch.randn_like(y),
+                x,
+                *lists,
+                rest[: 4 * handed],
+                rest[4 * handed :],
+                *config,
+                True,
+                [True] * len(weights),
+            )
+        )
+    return out
+
+
 POINTWISE = {
     "conv1x1": conv1x1_samples,
     "conv1x1_dgrad": conv1x1_dgrad_samples,
@@ -291,7 +335,7 @@ def test_pointwise_ops_compile(name) -> None:
         assert result.stride() == want.stride()
 
 
-@pytest.mark.parametrize("name", [*STEPS, "residual_block_backward", "stem_backward"])
+@pytest.mark.parametrize("name", [*STEPS, "residual_block_backward", "stem_backward", "preact_block_backward"])
 def test_steps_refuse_gradients(name) -> None:
     def asking(arg):
         if isinstance(arg, list):
@@ -335,6 +379,20 @@ def test_gradcheck_bn_act(relu, save_mask, residuals) -> None:
     missing = (None,) * (3 - residuals)
     call = direct("bn_act", *missing, relu, relu and save_mask)
     assert torch.autograd.gradcheck(call, (x, *vectors(2, 5, torch.float64, grad=True), *given))
+
+
+def test_gradcheck_add_stats() -> None:
+    x, u = (activation(5, torch.float64, grad=True) for _ in range(2))
+    call = direct("add_stats", outputs=3)
+    assert torch.autograd.gradcheck(direct("add_stats", None, None, outputs=3), (x, u))
+    assert torch.autograd.gradcheck(call, (x, u, *vectors(2, 5, torch.float64, grad=True)))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("save_mask", [True, False])
+def test_gradcheck_gate_act(relu, save_mask) -> None:
+    tensors = tuple(activation(5, torch.float64, grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(direct("gate_act", relu, relu and save_mask), tensors)
 
 
 @pytest.mark.parametrize("pool", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])

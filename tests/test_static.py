@@ -58,7 +58,11 @@ def all_steps() -> Iterator[Step]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for channels in (64, 33):
                 if op not in gemm_cases.OPS:
-                    yield from plans.plan(op, {"dtype": dtype, "C": channels, **plans_sizes(op)}, 80).steps
+                    problem = {"dtype": dtype, "C": channels, **plans_sizes(op)}
+                    yield from plans.plan(op, problem, 80).steps
+                if op == "bn_act":
+                    padded = {"residual_stride": 2, "residual_H": 112, "residual_W": 112, "residual_C": channels // 2}
+                    yield from plans.plan(op, problem | padded, 80, {"residual": 4096}).steps
     yield from few_cases.all_steps()
     for gemm in GEMMS:
         for dtype in gemm_cases.DTYPES.values():

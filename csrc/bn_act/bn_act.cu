@@ -3,8 +3,8 @@
 
 namespace resnet_fused {
 
-template <typename T, bool kVector>
-__device__ void bn_act_rows(const BnActParams& p) {
+template <typename T, bool kVector, bool kPadded>
+__device__ void affine_rows(const BnActParams& p) {
   using View = Tile<T, kVector>;
   constexpr int kStaged = View::kStaged;
   const View tile(p.rows);
@@ -28,7 +28,11 @@ __device__ void bn_act_rows(const BnActParams& p) {
 #pragma unroll
     for (int u = 0; u < kStaged; ++u) {
       xs[u] = tile.load(x, m0 + u * tile.step);
-      if (residual) rs[u] = tile.load(residual, m0 + u * tile.step);
+      if constexpr (kPadded) {
+        rs[u] = tile.load(residual, m0 + u * tile.step, p.io.padded);
+      } else if (residual) {
+        rs[u] = tile.load(residual, m0 + u * tile.step);
+      }
     }
 #pragma unroll
     for (int u = 0; u < kStaged; ++u) {
@@ -45,6 +49,15 @@ __device__ void bn_act_rows(const BnActParams& p) {
       if (p.io.mask) tile.store_mask(p.io.mask, m0 + u * tile.step, on);
     }
   }
+}
+
+template <typename T, bool kVector>
+__device__ void bn_act_rows(const BnActParams& p) {
+  affine_rows<T, kVector, false>(p);
+}
+template <typename T, bool kVector>
+__device__ void bn_act_padded_rows(const BnActParams& p) {
+  affine_rows<T, kVector, true>(p);
 }
 
 template <typename T, bool kVector>
@@ -67,6 +80,7 @@ __device__ void relu_mask_rows(const ReluMaskParams& p) {
 }
 
 RESNET_FUSED_TAIL_KERNELS(bn_act, 3, BnActParams, bn_act_rows);
+RESNET_FUSED_TAIL_KERNELS(bn_act_padded, 3, BnActParams, bn_act_padded_rows);
 RESNET_FUSED_TAIL_KERNELS(relu_mask, 3, ReluMaskParams, relu_mask_rows);
 
 }  // namespace resnet_fused

@@ -12,11 +12,12 @@ namespace resnet_fused {
 struct BnActProblem {
   DType dtype;
   int32_t relu;
+  PaddedShortcut padded;  // of the residual; its vectors are [C] all the same
   int64_t M, C;
   const void* x;
   const float* scale;
   const float* shift;
-  const void* residual;         // may be null
+  const void* residual;         // as x, or as padded says; may be null
   const float* residual_scale;  // with residual_shift, or both null
   const float* residual_shift;
   void* y;
@@ -45,7 +46,7 @@ struct BnActBackwardReduceProblem {
   float* workspace;
 };
 
-// dx = coef_dz*dz + coef_x*(x - mean) + coef_1
+// dx = coef_dz*dz + coef_x*(x - mean) + coef_1 (+ addend)
 struct BnActBackwardApplyProblem {
   DType dtype;
   int64_t M, C;
@@ -56,6 +57,7 @@ struct BnActBackwardApplyProblem {
   const float* coef_dz;
   const float* coef_x;
   const float* coef_1;
+  const void* addend;  // as dx, or null
   void* dx;
 };
 

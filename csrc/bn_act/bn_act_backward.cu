@@ -82,14 +82,16 @@ __device__ void apply_rows(const BnActBackwardApplyParams& p) {
   tile.coefficients(p.io.coef_dz, coef_dz);
   tile.coefficients(p.io.coef_x, coef_x);
   tile.coefficients(p.io.coef_1, coef_1);
+  const T* addend = static_cast<const T*>(p.io.addend);
 
   for (int64_t m0 = tile.first; m0 < tile.end; m0 += kStaged * tile.step) {
-    typename View::Raw dys[kStaged], xs[kStaged];
+    typename View::Raw dys[kStaged], xs[kStaged], addends[kStaged];
     uint32_t words[kStaged];
 #pragma unroll
     for (int u = 0; u < kStaged; ++u) {
       dys[u] = tile.load(dy, m0 + u * tile.step);
       xs[u] = tile.load(x, m0 + u * tile.step);
+      if (addend) addends[u] = tile.load(addend, m0 + u * tile.step);
       words[u] = gradient.word(tile, m0 + u * tile.step);
     }
 #pragma unroll
@@ -100,7 +102,9 @@ __device__ void apply_rows(const BnActBackwardApplyParams& p) {
         const int i = View::of(e);
         const float value = View::get(xs[u], e);
         const float d = gradient.dz(tile, View::get(dys[u], e), value, words[u], e);
-        View::set(out, e, fmaf(coef_dz[i], d, fmaf(coef_x[i], value - mean[i], coef_1[i])));
+        float dx = fmaf(coef_dz[i], d, fmaf(coef_x[i], value - mean[i], coef_1[i]));
+        if (addend) dx += View::get(addends[u], e);
+        View::set(out, e, dx);
       }
       tile.store(static_cast<T*>(p.io.dx), m0 + u * tile.step, out);
     }

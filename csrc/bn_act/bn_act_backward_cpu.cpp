@@ -104,6 +104,16 @@ RF_INLINE void combine(const Acc* __restrict dz, const T* __restrict x, const Ac
   }
 }
 
+template <class T, class Acc>
+RF_INLINE void combine_add(const Acc* __restrict dz, const T* __restrict x, const Acc* __restrict mean,
+                           const Acc* __restrict coef_dz, const Acc* __restrict coef_x,
+                           const Acc* __restrict coef_1, const T* __restrict addend, T* __restrict dx,
+                           int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    dx[i] = store<T>(coef_dz[i] * dz[i] + (coef_x[i] * (load(x[i]) - mean[i]) + coef_1[i]) + load(addend[i]));
+  }
+}
+
 template <class T>
 struct Apply {
   using Acc = AccOf<T>;
@@ -111,6 +121,7 @@ struct Apply {
   const ReluBackward<T>& relu_backward;
   const T* x;
   const Acc *mean, *coef_dz, *coef_x, *coef_1;
+  const T* addend;
   T* dx;
 
   RF_INLINE void operator()(int64_t chunk) const {
@@ -119,7 +130,11 @@ struct Apply {
     tiling.for_each_tile(chunk, [&](int64_t m, int64_t c, int64_t n) RF_LAMBDA {
       const int64_t at = m * tiling.channels + c;
       relu_backward(m, c, n, gate, dz);
-      combine(dz, x + at, mean + c, coef_dz + c, coef_x + c, coef_1 + c, dx + at, n);
+      if (addend != nullptr) {
+        combine_add(dz, x + at, mean + c, coef_dz + c, coef_x + c, coef_1 + c, addend + at, dx + at, n);
+      } else {
+        combine(dz, x + at, mean + c, coef_dz + c, coef_x + c, coef_1 + c, dx + at, n);
+      }
     });
   }
 };
@@ -146,7 +161,7 @@ void bn_act_backward_reduce_cpu(const BnActBackwardCpu& a, void* dz, void* sum_d
 }
 
 void bn_act_backward_apply_cpu(const BnActBackwardCpu& a, const void* coef_dz, const void* coef_x,
-                               const void* coef_1, void* dx) {
+                               const void* coef_1, const void* addend, void* dx) {
   const Tiling tiling(a.m, a.c);
   dispatch(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -155,8 +170,8 @@ void bn_act_backward_apply_cpu(const BnActBackwardCpu& a, const void* coef_dz, c
     const PerChannel<Acc> scale(a.scale, tiling), shift(a.shift, tiling), mean(a.mean, tiling);
     const PerChannel<Acc> wide_dz(coef_dz, tiling), wide_x(coef_x, tiling), wide_1(coef_1, tiling);
     const ReluBackward<T> relu_backward{tiling, static_cast<const T*>(a.dy), x, a.mask, scale, shift};
-    run_chunks(tiling.chunks(),
-               Apply<T>{tiling, relu_backward, x, mean, wide_dz, wide_x, wide_1, static_cast<T*>(dx)});
+    run_chunks(tiling.chunks(), Apply<T>{tiling, relu_backward, x, mean, wide_dz, wide_x, wide_1,
+                                         static_cast<const T*>(addend), static_cast<T*>(dx)});
   });
 }
 

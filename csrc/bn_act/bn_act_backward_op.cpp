@@ -60,12 +60,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_reduce(const Tensor& dy, cons
 
 Tensor bn_act_backward_apply(const Tensor& dy, const OptionalTensor& mask, const Tensor& x,
                              const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& mean,
-                             const Tensor& coef_dz, const Tensor& coef_x, const Tensor& coef_1) {
+                             const Tensor& coef_dz, const Tensor& coef_x, const Tensor& coef_1,
+                             const OptionalTensor& addend) {
   Checks check("bn_act_backward_apply");
   const BnActBackwardCpu args = check_backward(check, dy, mask, x, scale, shift, mean);
   check.per_channel("coef_dz", coef_dz);
   check.per_channel("coef_x", coef_x);
   check.per_channel("coef_1", coef_1);
+  check.same("addend", addend);
 
   Tensor dx = torch::stable::empty_like(x);
   if (use_kernels(dy)) {
@@ -80,10 +82,12 @@ Tensor bn_act_backward_apply(const Tensor& dy, const OptionalTensor& mask, const
             floats(coef_dz),
             floats(coef_x),
             floats(coef_1),
+            data(addend),
             dx.mutable_data_ptr()},
            dy);
   } else {
-    bn_act_backward_apply_cpu(args, data(coef_dz), data(coef_x), data(coef_1), dx.mutable_data_ptr());
+    bn_act_backward_apply_cpu(args, data(coef_dz), data(coef_x), data(coef_1), data(addend),
+                              dx.mutable_data_ptr());
   }
   return dx;
 }

@@ -23,6 +23,37 @@ RF_INLINE void add_affine(const T* __restrict r, const Acc* __restrict scale, co
   for (int64_t i = 0; i < n; ++i) z[i] += scale[i] * load(r[i]) + shift[i];
 }
 
+// z += scale * A(r), A the padded shortcut. Adds for the pixels of one tile, see Tiling::for_each_tile.
+template <class T, class Acc>
+struct AddPadded {
+  const Tiling& tiling;
+  const PaddedShortcut& from;
+  const T* r;
+  const Acc* scale;  // [C], or null: 1
+
+  RF_INLINE int64_t source(int64_t m) const {
+    const int64_t wide = (from.W - 1) / from.stride + 1, high = (from.H - 1) / from.stride + 1;
+    const int64_t j = m % wide, i = m / wide % high, n = m / wide / high;
+    return (n * from.H + i * from.stride) * from.W + j * from.stride;
+  }
+  RF_INLINE void operator()(int64_t m, int64_t c, int64_t n, Acc* __restrict z) const {
+    const int64_t width = std::min(n, tiling.channels), offset = from.offset, size = from.C;  // of one pixel
+    const int64_t first = std::max(c, offset), count = std::min(c + width, offset + size) - first;
+    for (int64_t i = 0; i < n; i += width, ++m) {
+      const T* __restrict row = r + source(m) * size;
+      for (int64_t k = 0; k < count; ++k) {
+        const Acc value = load(row[first - offset + k]);
+        z[i + first - c + k] += scale != nullptr ? scale[first + k] * value : value;
+      }
+    }
+  }
+};
+
+template <class Acc>
+RF_INLINE void add_vector(const Acc* __restrict v, Acc* __restrict z, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] += v[i];
+}
+
 // max(z, floor), with a NaN kept.
 template <class T, class Acc>
 RF_INLINE void round_above(const Acc* __restrict z, Acc floor, T* __restrict y, int64_t n) {
@@ -35,6 +66,7 @@ struct BnAct {
   const Tiling& tiling;
   const T *x, *residual;
   const Acc *scale, *shift, *residual_scale, *residual_shift;
+  const PaddedShortcut& padded;
   Acc floor;  // 0 with relu, else -infinity
   T* y;
   uint32_t* mask;
@@ -44,7 +76,10 @@ struct BnAct {
     tiling.for_each_tile(chunk, [&](int64_t m, int64_t c, int64_t n) RF_LAMBDA {
       const int64_t at = m * tiling.channels + c;
       affine(x + at, scale + c, shift + c, z, n);
-      if (residual_scale != nullptr) {
+      if (residual != nullptr && padded.stride != 0) {
+        if (residual_shift != nullptr) add_vector(residual_shift + c, z, n);
+        AddPadded<T, Acc>{tiling, padded, residual, residual_scale}(m, c, n, z);
+      } else if (residual_scale != nullptr) {
         add_affine(residual + at, residual_scale + c, residual_shift + c, z, n);
       } else if (residual != nullptr) {
         add_residual(residual + at, z, n);
@@ -84,7 +119,7 @@ void bn_act_cpu(const BnActCpu& a) {
     const Acc floor = a.relu ? Acc(0) : -std::numeric_limits<Acc>::infinity();
     run_chunks(tiling.chunks(),
                BnAct<T>{tiling, static_cast<const T*>(a.x), static_cast<const T*>(a.residual), scale, shift,
-                        residual_scale, residual_shift, floor, static_cast<T*>(a.y), a.mask});
+                        residual_scale, residual_shift, a.padded, floor, static_cast<T*>(a.y), a.mask});
   });
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../common/dtype.h"
+#include "../common/rows.h"
 
 namespace resnet_fused {
 
@@ -12,6 +13,7 @@ struct BnActCpu {
   int64_t m, c;
   const void *x, *scale, *shift;
   const void *residual, *residual_scale, *residual_shift;
+  PaddedShortcut padded;  // of the residual, see rows.h
   bool relu;
   void* y;
   uint32_t* mask;
@@ -30,6 +32,6 @@ struct BnActBackwardCpu {
 };
 void bn_act_backward_reduce_cpu(const BnActBackwardCpu& args, void* dz, void* sum_dz, void* sum_dz_xc);
 void bn_act_backward_apply_cpu(const BnActBackwardCpu& args, const void* coef_dz, const void* coef_x,
-                               const void* coef_1, void* dx);
+                               const void* coef_1, const void* addend, void* dx);
 
 }  // namespace resnet_fused

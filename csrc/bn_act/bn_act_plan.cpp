@@ -13,8 +13,16 @@ Plan plan_bn_act(const BnActProblem& q, int arch) {
   Plan plan{};
   if (!check_common(plan, "bn_act", q.dtype, q.M, q.C, arch) || q.M == 0) return plan;
   const RowGrid grid = row_grid(q.M, q.C);
-  const Variant variant = choose_variant(q.dtype, q.C, {q.x, q.residual, q.y});
-  add_row_step(plan, kForward, "bn_act", variant, grid, BnActParams{q, grid.rows(q.M, q.C)});
+  Variant variant = choose_variant(q.dtype, q.C, {q.x, q.residual, q.y});
+  const PaddedShortcut& padded = q.padded;
+  if (padded.stride > 1 && q.M > INT32_MAX) {
+    return refuse(plan, "bn_act: %lld pixels; with a strided residual the kernel takes 2^31-1",
+                  static_cast<long long>(q.M)),
+           plan;
+  }
+  if (padded.C % variant.width != 0 || padded.offset % variant.width != 0) variant.width = 1;
+  const char* name = q.residual && padded.stride ? "bn_act_padded" : "bn_act";
+  add_row_step(plan, kForward, name, variant, grid, BnActParams{q, grid.rows(q.M, q.C)});
   return plan;
 }
 
@@ -47,7 +55,7 @@ Plan plan_bn_act_backward_apply(const BnActBackwardApplyProblem& q, int arch) {
   Plan plan{};
   if (!check_common(plan, "bn_act_backward_apply", q.dtype, q.M, q.C, arch) || q.M == 0) return plan;
   const RowGrid grid = row_grid(q.M, q.C);
-  const Variant variant = choose_variant(q.dtype, q.C, {q.dy, q.x, q.dx});
+  const Variant variant = choose_variant(q.dtype, q.C, {q.dy, q.x, q.addend, q.dx});
   const BnActBackwardApplyParams params{q, grid.rows(q.M, q.C)};
   add_row_step(plan, kBackward, "bn_act_backward_apply", variant, grid, params);
   return plan;

@@ -23,6 +23,14 @@ struct Rows {
   int32_t warps_across;  // 1, 2, 4 or 8
 };
 
+// A shortcut without parameters: pixel (i, j) and channel c of y [N, H', W', K], H' = ceil(H / stride), read
+// pixel (i*stride, j*stride) and channel c - offset of x [N, H, W, C]; channels that x does not have are 0.
+struct PaddedShortcut {
+  int32_t stride;  // 0: there is none, x is as y
+  int32_t offset;
+  int32_t H, W, C;  // of x
+};
+
 // What gates the gradient: a mask, or the sign of scale*x + shift, or nothing.
 struct ReluGate {
   const uint32_t* mask;

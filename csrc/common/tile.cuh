@@ -15,6 +15,18 @@ namespace resnet_fused {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kElements = 8;
 
+// Row of x [N*H*W] that a row of y [N*H'*W'] reads, every stride-th pixel.
+struct SourceRow {
+  uint32_t stride, H, W;
+  __device__ int64_t operator()(int64_t row) const {
+    if (stride == 1) return row;
+    const uint32_t Wo = (W - 1) / stride + 1, Ho = (H - 1) / stride + 1;
+    const uint32_t m = static_cast<uint32_t>(row);  // the plan keeps it below 2^31
+    const uint32_t j = m % Wo, i = m / Wo % Ho, n = m / Wo / Ho;
+    return (static_cast<int64_t>(n) * H + i * stride) * W + j * stride;
+  }
+};
+
 template <typename T, bool kVector>
 struct Tile {
   static constexpr int kWidth = Chunk<T>::kWidth;
@@ -85,6 +97,25 @@ struct Tile {
   }
   __device__ Raw load(const T* source, int64_t m0) const {
     return load(source, m0, [](int64_t row) { return row; });
+  }
+  // Of a padded shortcut's x. With kVector its C and offset are whole accesses.
+  __device__ Raw load(const T* source, int64_t m0, const PaddedShortcut& from) const {
+    const SourceRow map{static_cast<uint32_t>(from.stride), static_cast<uint32_t>(from.H),
+                        static_cast<uint32_t>(from.W)};
+    Raw raw;
+    constexpr int kStep = kVector ? kWidth : 1;
+#pragma unroll
+    for (int e = 0; e < kElements; e += kStep) {
+      const uint32_t c = static_cast<uint32_t>(channel(e) - from.offset);
+      if (!holds(m0, e) || c >= static_cast<uint32_t>(from.C)) continue;
+      const T* at = source + map(row(m0, e)) * from.C + c;
+      if constexpr (kVector) {
+        raw.chunk[e / kWidth].bits = __ldg(reinterpret_cast<const uint4*>(at));
+      } else {
+        raw.chunk[e / kWidth].value[e % kWidth] = *at;
+      }
+    }
+    return raw;
   }
   __device__ static float get(const Raw& raw, int element) {
     return to_float(raw.chunk[element / kWidth].value[element % kWidth]);

@@ -25,14 +25,15 @@ struct Conv1x1Problem {
 
 // dx = the gradient of x for du = backward(dy), or dy where coef_dz is null; then
 //   with gate_u   dz = dx * relu'(gate_scale*gate_u + gate_shift) in its place, and its sums (stride 1)
-//   otherwise     + addend * addend_mask
+//   otherwise     + addend_scale * addend * addend_mask
 struct Conv1x1DgradProblem {
   DType dtype;
+  PaddedAddend padded;  // of the addend
   int64_t N, H, W, C, K, stride;
   const void* dy;
   BnBackward backward;
   const void* weight;
-  const void* addend;  // as dx, or null
+  const void* addend;  // as dx, or as padded says; or null
   const uint32_t* addend_mask;
   const void* gate_u;  // as dx, or null; with the vectors [C]
   const float* gate_scale;
@@ -42,7 +43,8 @@ struct Conv1x1DgradProblem {
   float* sum_dz;     // [C]
   float* sum_dz_xc;  // [C]: of dz * (gate_u - gate_mean)
   float* workspace;
-  int32_t tile;  // 0: the plan chooses; else one of gemm.h's, counted from 1
+  int32_t tile;        // 0: the plan chooses; else one of gemm.h's, counted from 1
+  float addend_scale;  // 0 stands for 1
 };
 
 // dw = sum over pixels of du' a, with du = backward(dy), or dy * backward.gate.mask where coef_dz is null,

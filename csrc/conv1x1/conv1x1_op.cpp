@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
     const OptionalTensor& coef_x, const OptionalTensor& coef_1, const Tensor& weight, int64_t height,
     int64_t width, int64_t stride, const OptionalTensor& addend, const OptionalTensor& addend_mask,
     const OptionalTensor& gate_u, const OptionalTensor& gate_scale, const OptionalTensor& gate_shift,
-    const OptionalTensor& gate_mean) {
+    const OptionalTensor& gate_mean, double addend_scale, int64_t addend_stride, int64_t addend_offset) {
   Checks check("conv1x1_dgrad");
   const BnBackward backward = check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1);
   check.needs("mask", mask, "u", u);
@@ -61,7 +61,10 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
   check.weight("weight", weight, channels(dy), {});
   const int64_t c = weight.size(1);
   const Sizes shape{dy.size(0), c, height, width};
-  check_dgrad_end(check, shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean);
+  const PaddedAddend padded = check_padded_addend(check, shape, addend, addend_stride, addend_offset);
+  check_dgrad_end(check, shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+                  addend_stride);
+  check.require(addend_scale != 0, "addend_scale is 0, expected another value");
   check.require(!gate_u || stride == 1, "stride is ", stride, ", expected 1 with gate_u");
 
   Tensor dx = empty_nhwc(dy, shape, dy.scalar_type());
@@ -69,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
   Tensor sum_dz_xc = empty_vector(dy, gate_u ? c : 0, acc_type(dy));
   launch(plan_conv1x1_dgrad,
          {dtype_of(dy),
+          padded,
           dy.size(0),
           height,
           width,
@@ -88,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_dgrad(
           mutable_floats(sum_dz),
           mutable_floats(sum_dz_xc),
           {},
-          {}},
+          {},
+          static_cast<float>(addend_scale)},
          dy);
   return {dx, sum_dz, sum_dz_xc};
 }

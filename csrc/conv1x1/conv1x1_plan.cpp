@@ -19,7 +19,8 @@ void add_dgrad(Plan& plan, const Conv1x1DgradProblem& q, const std::string& name
   const Phase phase{q.dy, q.weight, static_cast<int32_t>(q.K)};
   const PixelMap map = make_map(q.H, q.W, q.stride);
   if (!q.gate_u) {
-    const AddShortcut add{nullptr, q.addend, q.addend_mask, q.dx};
+    const float scale = q.addend_scale == 0.0f ? 1.0f : q.addend_scale;
+    const AddShortcut add{nullptr, q.addend, q.addend_mask, q.dx, scale, q.padded};
     const RowsParams<Prologue, Nothing, AddShortcut> params{M, C, {phase, {}}, map, prologue, {}, add};
     add_rows_gemm(plan, kDgrad, (name + "_add").c_str(), q.dtype, tile, extras, params);
     return;
@@ -91,6 +92,11 @@ Plan plan_conv1x1_dgrad(const Conv1x1DgradProblem& q, int arch) {
     return plan;
   }
   if (q.gate_u && q.stride > 1) return refuse(plan, "conv1x1_dgrad: a gate takes stride 1"), plan;
+  if (q.padded.offset % 8 != 0 || q.padded.C % 8 != 0) {
+    return refuse(plan, "conv1x1_dgrad: the addend's %d channels, or %d in front, are no multiple of 8",
+                  q.padded.C, q.padded.offset),
+           plan;
+  }
   if (M == 0) return q.gate_u ? refuse(plan, "conv1x1_dgrad: no pixels to sum over") : void(), plan;
   const bool backward = q.backward.coef_dz;
   const Extras extras{backward, backward};

@@ -50,14 +50,15 @@ struct Conv2dBnActProblem {
 
 // dx = the gradient of x for du = backward(dy), or dy where coef_dz is null; then
 //   with gate_u   dz = dx * relu'(gate_scale*gate_u + gate_shift) in its place, and its sums
-//   otherwise     + addend * addend_mask
+//   otherwise     + addend_scale * addend * addend_mask
 struct Conv2dDgradProblem {
   DType dtype;
+  PaddedAddend padded;  // of the addend
   ConvShape shape;
   const void* dy;
   BnBackward backward;
   const void* weight;
-  const void* addend;  // as dx, or null
+  const void* addend;  // as dx, or as padded says; or null
   const uint32_t* addend_mask;
   const void* gate_u;  // as dx, or null; with the vectors [C]
   const float* gate_scale;
@@ -68,6 +69,7 @@ struct Conv2dDgradProblem {
   float* sum_dz_xc;  // [C]: of dz * (gate_u - gate_mean)
   float* workspace;
   int32_t tile;
+  float addend_scale;  // 0 stands for 1
 };
 
 // dw = sum over pixels of du' a, with du = backward(dy), or dy where coef_dz is null, and

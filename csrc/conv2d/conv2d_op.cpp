@@ -122,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_dgrad(
     const OptionalTensor& coef_x, const OptionalTensor& coef_1, const Tensor& weight, int64_t height,
     int64_t width, std::vector<int64_t> geometry, const OptionalTensor& addend,
     const OptionalTensor& addend_mask, const OptionalTensor& gate_u, const OptionalTensor& gate_scale,
-    const OptionalTensor& gate_shift, const OptionalTensor& gate_mean) {
+    const OptionalTensor& gate_shift, const OptionalTensor& gate_mean, double addend_scale,
+    int64_t addend_stride, int64_t addend_offset) {
   Checks check("conv2d_dgrad");
   const BnBackward backward = check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1);
   check.needs("mask", mask, "u", u);
@@ -135,13 +136,17 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_dgrad(
       shape_of(dy.size(0), height, width, c, channels(dy), weight.size(2), weight.size(3), geometry);
   check_output(check, dy, shape);
   const Sizes dx_shape{dy.size(0), c, height, width};
-  check_dgrad_end(check, dx_shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean);
+  const PaddedAddend padded = check_padded_addend(check, dx_shape, addend, addend_stride, addend_offset);
+  check_dgrad_end(check, dx_shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+                  addend_stride);
+  check.require(addend_scale != 0, "addend_scale is 0, expected another value");
 
   Tensor dx = empty_nhwc(dy, dx_shape, dy.scalar_type());
   Tensor sum_dz = empty_vector(dy, gate_u ? c : 0, acc_type(dy));
   Tensor sum_dz_xc = empty_vector(dy, gate_u ? c : 0, acc_type(dy));
   launch(plan_conv2d_dgrad,
          {dtype_of(dy),
+          padded,
           shape,
           data(dy),
           backward,
@@ -156,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_dgrad(
           mutable_floats(sum_dz),
           mutable_floats(sum_dz_xc),
           {},
-          {}},
+          {},
+          static_cast<float>(addend_scale)},
          dy);
   return {dx, sum_dz, sum_dz_xc};
 }

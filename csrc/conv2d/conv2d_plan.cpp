@@ -65,13 +65,19 @@ Plan plan_conv2d_dgrad(const Conv2dDgradProblem& q, int arch) {
                   {q.dy, q.backward.u, q.weight, q.addend, q.gate_u, q.dx})) {
     return plan;
   }
+  if (q.padded.offset % 8 != 0 || q.padded.C % 8 != 0) {
+    return refuse(plan, "conv2d_dgrad: the addend's %d channels, or %d in front, are no multiple of 8",
+                  q.padded.C, q.padded.offset),
+           plan;
+  }
   if (M == 0) return q.gate_u ? refuse(plan, "conv2d_dgrad: no pixels to sum over") : void(), plan;
   const Taps taps =
       dgrad_taps(plan, "conv2d_dgrad", q.shape, arch, q.dy, q.weight, q.backward.coef_dz, q.tile);
   if (!taps.tile) return plan;
   if (!q.gate_u) {
+    const float scale = q.addend_scale == 0.0f ? 1.0f : q.addend_scale;
     add_taps(plan, kDgrad, "conv2d_dgrad_add", q.dtype, taps, q.backward,
-             AddShortcut{nullptr, q.addend, q.addend_mask, q.dx});
+             AddShortcut{nullptr, q.addend, q.addend_mask, q.dx, scale, q.padded});
     return plan;
   }
   plan.workspace = taps.row_tiles * 2 * q.shape.C;

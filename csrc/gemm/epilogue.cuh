@@ -225,10 +225,19 @@ struct AddShortcutEpilogue {
   // addend * mask at a pixel of the output
   __device__ uint4 shortcut(int64_t pixel, int64_t pixels) const {
     if (!p.addend) return make_uint4(0, 0, 0, 0);
-    const uint4 chunk = fetch_chunk(p.addend, pixel, at.N, at.n);
+    int C = at.N, n = at.n;
+    if (p.padded.stride) {
+      const uint32_t stride = p.padded.stride, m = static_cast<uint32_t>(pixel);
+      const uint32_t i = m / p.padded.W, w = m - i * p.padded.W, h = i % p.padded.H, image = i / p.padded.H;
+      if (h % stride != 0 || w % stride != 0) return make_uint4(0, 0, 0, 0);
+      const uint32_t high = (p.padded.H - 1) / stride + 1, wide = (p.padded.W - 1) / stride + 1;
+      pixel = (static_cast<int64_t>(image) * high + h / stride) * wide + w / stride;
+      pixels = p.padded.pixels, C = p.padded.C, n += p.padded.offset;
+    }
+    const uint4 chunk = fetch_chunk(p.addend, pixel, C, n);
     if (!p.mask) return chunk;
-    const uint32_t word = __ldg(p.mask + at.n / kPanel * pixels + pixel);
-    return keep_where(chunk, word >> at.n % kPanel);
+    const uint32_t word = __ldg(p.mask + n / kPanel * pixels + pixel);
+    return keep_where(chunk, word >> n % kPanel);
   }
   __device__ int64_t pixels() const {
     if (map.stride == 1) return at.M;
@@ -242,7 +251,7 @@ struct AddShortcutEpilogue {
     float a[8], z[8];
     unpack<T>(addend, a);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) z[i] = acc[i] + constant[i] + a[i];
+    for (int i = 0; i < 8; ++i) z[i] = fmaf(p.scale, a[i], acc[i] + constant[i]);
     const int64_t pixel = source_row(map, m);
     store_chunk(p.out, pixel, at.N, at.n, pack<T>(z));
     if (kFills && map.stride > 1) fill_around(pixel);
@@ -254,9 +263,17 @@ struct AddShortcutEpilogue {
     for (int i = 0; i < map.stride && h + i < map.H; ++i) {
       for (int j = i == 0; j < map.stride && w + j < map.W; ++j) {
         const int64_t other = pixel + static_cast<int64_t>(i) * map.W + j;
-        store_chunk(p.out, other, at.N, at.n, shortcut(other, pixels()));
+        store_chunk(p.out, other, at.N, at.n, scaled(shortcut(other, pixels())));
       }
     }
+  }
+  __device__ uint4 scaled(uint4 chunk) const {
+    if (p.scale == 1.0f) return chunk;
+    float v[8];
+    unpack<T>(chunk, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= p.scale;
+    return pack<T>(v);
   }
   __device__ void finish(uint32_t) {}
 };

@@ -79,13 +79,23 @@ struct AffineResidual {
   int32_t relu;
 };
 
-// out = acc + constant + addend * mask. With a stride, out and addend are [N, H, W]: pixels that the
-// convolution did not read get addend * mask alone.
+// The gradient of a padded shortcut's y, [N, H', W', C], as that of its x [N, H, W]: see rows.h.
+struct PaddedAddend {
+  int32_t stride;  // 0: the addend is as out
+  int32_t offset;  // of the first of its channels that is one of x
+  int32_t H, W;
+  int32_t C, pixels;  // of the addend
+};
+
+// out = acc + constant + scale * addend * mask. With a stride, out and addend are [N, H, W]: pixels that the
+// convolution did not read get the addend's part alone.
 struct AddShortcut {
   const float* constant;  // [N] or null
   const void* addend;     // or null
-  const uint32_t* mask;   // or null
+  const uint32_t* mask;   // of the addend, or null
   void* out;
+  float scale = 1.0f;
+  PaddedAddend padded = {};
 };
 
 // dz = (acc + constant) * relu'(scale*u + shift), and its sums [row tiles, 2, N]: of dz and of dz * (u -

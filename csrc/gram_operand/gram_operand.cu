@@ -3,18 +3,6 @@
 
 namespace resnet_fused {
 
-// Row of x [N*H*W, C] from which a row of a [N*Ho*Wo, C] is made.
-struct SourceRow {
-  uint32_t stride, H, W;
-  __device__ int64_t operator()(int64_t row) const {
-    if (stride == 1) return row;
-    const uint32_t Wo = (W - 1) / stride + 1, Ho = (H - 1) / stride + 1;
-    const uint32_t m = static_cast<uint32_t>(row);  // the plan keeps it below 2^31
-    const uint32_t j = m % Wo, i = m / Wo % Ho, n = m / Wo / Ho;
-    return (static_cast<int64_t>(n) * H + i * stride) * W + j * stride;
-  }
-};
-
 template <typename T, bool kVector>
 __device__ void gram_operand_rows(const GramOperandParams& p) {
   using View = Tile<T, kVector>;

@@ -6,17 +6,34 @@ import importlib
 
 importlib.import_module("resnet_fused._C")  # registers the schemas and kernels that the imports below build on
 
-from . import bn_act, bn_act_pool, bn_stats, conv1x1, conv2d, expand, gram, gram_operand, residual_block, stem  # noqa: E402
+from . import (  # noqa: E402
+    add_stats,
+    bn_act,
+    bn_act_pool,
+    bn_stats,
+    conv1x1,
+    conv2d,
+    expand,
+    gate_act,
+    gram,
+    gram_operand,
+    preact_block,
+    residual_block,
+    stem,
+)
 
 __all__ = [
+    "add_stats",
     "bn_act",
     "bn_act_pool",
     "bn_stats",
     "conv1x1",
     "conv2d",
     "expand",
+    "gate_act",
     "gram",
     "gram_operand",
+    "preact_block",
     "residual_block",
     "stem",
 ]

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from .aten import POINTWISE, Geometry, conv, conv_backward, fused_conv, has_fused_conv
 from .gram_form import Branch, Gram, cancelling, conv_stats, expand, gram_backward, gram_of, output_mean, sample_center
-from .layout import acc_dtype, to_nhwc
+from .layout import Padded, acc_dtype, to_nhwc
 
 _ops = torch.ops.resnet_fused
 
-SHORTCUTS = ("none", "identity", "residual", "projection")
+SHORTCUTS = ("none", "identity", "residual", "projection", "padded")
 PLANS = ("keep", "recompute", "gram")
 
 
@@ -56,6 +56,24 @@ class BlockSpec(NamedTuple):
     shortcut: str  # one of SHORTCUTS
     relu: bool
     save: bool  # whether a backward may follow
+    shortcut_scale: float = 1.0  # of identity, residual and padded; a projection's is in its gamma and beta
+    padded: Padded = Padded()  # with shortcut "padded"
+
+    @property
+    def adds_as_it_is(self) -> bool:
+        """Whether the shortcut, if any, is a tensor like the output to be added to it."""
+        return self.shortcut != "padded" and self.shortcut_scale == 1
+
+    @property
+    def from_x(self) -> bool:
+        """Whether the shortcut is x, whose gradient it adds to."""
+        return self.shortcut in ("identity", "padded")
+
+    def add_to_gradient(self, dx: Tensor, dz: Tensor) -> Tensor:
+        """dx += the gradient of x through the shortcut from_x, for dz, that of the sum before the ReLU; returns dx."""
+        if self.shortcut == "padded":
+            return self.padded.adjoint(dz, dx, self.shortcut_scale)
+        return dx.add_(dz, alpha=self.shortcut_scale)
 
     @property
     def chain(self) -> int:
@@ -186,7 +204,7 @@ def forward(
     if spec.shortcut == "projection":
         sources.append(Source(spec.units[-1], params[-1], x, None))
     ends = [_end_unit(source, spec.save) for source in sources]
-    residual = x if spec.shortcut == "identity" else residual
+    residual = x if spec.from_x else residual
     y, mask = _join(ends, residual, spec)
     found = [cancelling(e.gram, s.params.weight, e.norm.var) for s, e in zip(sources, ends, strict=True) if e.gram]
     if any(rows.numel() for rows in found):
@@ -213,7 +231,21 @@ def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Te
         return _ops.bn_act(
             main.raw, main.norm.scale, main.norm.shift, other.raw, other.norm.scale, other.norm.shift, *tail
         )
-    return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, None, None, *tail)
+    assert main.raw is not None
+    return add_shortcut(main.raw, main.norm, residual, spec, *tail)
+
+
+def add_shortcut(
+    raw: Tensor, norm: Norm, residual: Tensor | None, spec: BlockSpec, relu: bool, save_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """act(norm(raw) + the shortcut that is no projection) and its mask, in one pass."""
+    if spec.adds_as_it_is or residual is None:
+        return _ops.bn_act(raw, norm.scale, norm.shift, residual, None, None, relu, save_mask)
+    place = spec.padded if spec.shortcut == "padded" else (0, 0)
+    scale = shift = None
+    if spec.shortcut_scale != 1:
+        scale, shift = torch.full_like(norm.scale, spec.shortcut_scale), torch.zeros_like(norm.shift)
+    return _ops.bn_act(raw, norm.scale, norm.shift, residual, scale, shift, relu, save_mask, *place)
 
 
 def _recompute_rows(
@@ -272,8 +304,11 @@ def forward_folded(x: Tensor, residual: Tensor | None, params: list[UnitParams],
     projected = spec.shortcut == "projection"
     if projected:
         residual = fused_conv(x, *folded(spec.units[-1], params[-1]))
-    elif spec.shortcut == "identity":
+    elif spec.from_x:
         residual = x
+    if not spec.adds_as_it_is:
+        unit, p = chain[-1]
+        return add_shortcut(conv(a, p.weight, unit.geometry), p.norm(unit), residual, spec, spec.relu, False)[0]
     return fused_conv(a, *folded(*chain[-1]), residual=residual, relu=spec.relu, into_residual=projected)
 
 
@@ -394,7 +429,7 @@ def _gram_end_backward(
 
 class BlockGrads(NamedTuple):
     x: Tensor  # empty where it was not asked for
-    dz: Tensor  # the gradient of the sum before the ReLU: the residual's
+    dz: Tensor  # the residual's gradient
     units: list[UnitGrads]
 
 
@@ -424,7 +459,7 @@ def backward(
     dz, sums = _reduce(dy, saved[-1] if spec.relu else None, main.raw, norms[last], spec.relu)
     if not spec.relu:
         dz = dy
-    identity = dz if spec.shortcut == "identity" and needs.x else None
+    identity = dz if spec.from_x and needs.x else None
     wanted = (last > 0 or needs.x, needs.weights[last])
     da, grads = _end_backward(source, norms[last], end_saved[0], main, dz, sums, wanted)
     del main  # its memory may serve the next gradients, and so may da's below
@@ -440,10 +475,11 @@ def backward(
             spec.units[i].geometry,
             (i > 0 or needs.x, needs.weights[i]),
             None if i else identity,
+            spec,
         )
         units.insert(0, UnitGrads(dw, dgamma, own_dbeta))
     if identity is not None and last == 0:
-        da = da + identity
+        da = spec.add_to_gradient(da, identity)
     if spec.shortcut == "projection":
         source = Source(spec.units[-1], params[-1], x, None)
         projected = _end_input(source, end_saved[1])
@@ -455,6 +491,8 @@ def backward(
         units.append(grads)
         if needs.x:
             _add_projected(da, dx, spec.units[-1])
+    if spec.shortcut == "residual" and spec.shortcut_scale != 1:
+        dz = dz * spec.shortcut_scale
     return BlockGrads(da, dz, units)
 
 
@@ -465,16 +503,18 @@ def _add_projected(da: Tensor, dx: Tensor, unit: UnitSpec) -> None:
 
 
 def _conv_backward_add(
-    du: Tensor, a: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool], add: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """dgrad + `add`, and wgrad. A 1x1 dgrad is a fprop with the transposed weights, which adds for free."""
+    du: Tensor, a: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool], add: Tensor | None,
+    spec: BlockSpec,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dgrad + the shortcut's gradient `add`, and wgrad. A 1x1 dgrad is a fprop with the transposed weights, which adds
+    for free."""
     if add is None:
         return conv_backward(du, a, weight, geometry, *needs)
-    if geometry == POINTWISE and weight.shape[2:] == (1, 1) and has_fused_conv(du):
+    if spec.adds_as_it_is and geometry == POINTWISE and weight.shape[2:] == (1, 1) and has_fused_conv(du):
         _, dw = conv_backward(du, a, weight, geometry, False, needs[1])
         return fused_conv(du, weight.transpose(0, 1).contiguous(), None, POINTWISE, residual=add), dw
     da, dw = conv_backward(du, a, weight, geometry, *needs)
-    return da.add_(add), dw
+    return spec.add_to_gradient(da, add), dw
 
 
 def split_end_saved(saved: list[Tensor], spec: BlockSpec) -> list[list[Tensor]]:

@@ -2,6 +2,8 @@
 
     z = scale*x + shift (+ residual, or + residual_scale*residual + residual_shift);  y = relu(z) or z
 
+With residual_stride the residual has other pixels and channels than x, which is a padded shortcut: `layout.Padded`.
+
 The fused units of `block.py` call the steps of the backward one by one; the gradient registered here serves
 direct calls and exported graphs.
 """
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .autograd import fake, forbid_gradients
-from .layout import acc_dtype, mask_shape
+from .layout import Padded, acc_dtype, mask_shape
 
 _ops = torch.ops.resnet_fused
 
@@ -22,7 +24,7 @@ def _empty_mask(x: Tensor) -> Tensor:
 
 
 @fake("bn_act")
-def _(x, scale, shift, residual, residual_scale, residual_shift, relu, save_mask):
+def _(x, scale, shift, residual, residual_scale, residual_shift, relu, save_mask, stride=0, offset=0):
     mask = _empty_mask(x) if save_mask else x.new_empty((0,), dtype=torch.int32)
     return torch.empty_like(x), mask
 
@@ -45,7 +47,7 @@ def _(dy, mask, x, scale, shift, mean, write_dz):
 
 
 @fake("bn_act_backward_apply")
-def _(dy, mask, x, scale, shift, mean, coef_dz, coef_x, coef_1):
+def _(dy, mask, x, scale, shift, mean, coef_dz, coef_x, coef_1, addend=None):
     return torch.empty_like(x)
 
 
@@ -53,10 +55,11 @@ forbid_gradients("relu_mask", "bn_act_backward_reduce", "bn_act_backward_apply")
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, scale, _, residual, residual_scale, _, relu, save_mask = inputs
+    x, scale, _, residual, residual_scale, _, relu, save_mask, stride, offset = inputs
     y, mask = output
     ctx.mark_non_differentiable(mask)
     ctx.relu, ctx.saved_mask = relu, save_mask
+    ctx.padded = Padded(stride, offset) if stride else None
     ctx.save_for_backward(x, scale, residual, residual_scale, mask if save_mask else (y if relu else None))
 
 
@@ -73,10 +76,13 @@ def _backward(ctx, dy: Tensor, _dmask: Tensor):
     dresidual = dresidual_scale = None
     if residual is not None:
         dresidual = dz if residual_scale is None else scaled(residual_scale)
+        if ctx.padded is not None:
+            dresidual = ctx.padded.adjoint(dresidual, torch.zeros_like(residual))
+            residual = ctx.padded(residual, x.shape[1]).contiguous(memory_format=torch.channels_last)
         if residual_scale is not None:
             dresidual_scale = _ops.bn_act_backward_reduce(dz, None, residual, None, None, zero, False)[2]
     dresidual_shift = None if residual_scale is None else dshift.clone()
-    return scaled(scale), dscale, dshift, dresidual, dresidual_scale, dresidual_shift, None, None
+    return scaled(scale), dscale, dshift, dresidual, dresidual_scale, dresidual_shift, None, None, None, None
 
 
 torch.library.register_autograd("resnet_fused::bn_act", _backward, setup_context=_setup)

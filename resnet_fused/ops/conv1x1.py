@@ -15,8 +15,8 @@ from .layout import acc_dtype, empty_nhwc
 from .pointwise import (
     Checks,
     activated,
-    added,
     check_backward,
+    dgrad_added,
     geometry,
     masked,
     on_cpu,
@@ -51,7 +51,7 @@ def _(x, weight, scale, shift, stride, stats):
 @on_cpu("conv1x1_dgrad")
 def _dgrad(
     dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, stride,
-    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
 ):  # fmt: skip
     check = Checks("conv1x1_dgrad", "dy", dy)
     n, k, *pixels = dy.shape
@@ -65,7 +65,8 @@ def _dgrad(
     )
     check.weight("weight", weight, k, "C")
     shape = (n, weight.shape[1], height, width)
-    check.dgrad_end(shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean)
+    check.dgrad_end(shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_stride, addend_offset)
+    check.require(addend_scale != 0, "addend_scale is 0, expected another value")
     check.require(gate_u is None or stride == 1, f"stride is {stride}, expected 1 with gate_u")
 
     du = dy
@@ -75,14 +76,14 @@ def _dgrad(
     if gate_u is not None:
         return _ops.bn_act_backward_reduce(dx, None, gate_u, gate_scale, gate_shift, gate_mean, True)
     if addend is not None:
-        dx = added(dx, masked(addend, addend_mask))
+        dx = dgrad_added(dx, masked(addend, addend_mask), addend_scale, addend_stride, addend_offset)
     return dx, vector_like(dy, 0), vector_like(dy, 0)
 
 
 @fake("conv1x1_dgrad")
 def _(
     dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight, height, width, stride,
-    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
 ):  # fmt: skip
     c, gated = weight.shape[1], gate_u is not None
     return empty_nhwc(dy, (dy.shape[0], c, height, width)), vector_like(dy, c, gated), vector_like(dy, c, gated)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .aten import Geometry, conv, conv_backward
 from .autograd import fake, forbid_gradients
 from .layout import empty_nhwc, mask_shape, to_nhwc
-from .pointwise import Checks, activated, added, check_backward, masked, on_cpu, vector_like
+from .pointwise import Checks, activated, check_backward, dgrad_added, masked, on_cpu, vector_like
 
 _ops = torch.ops.resnet_fused
 
@@ -108,7 +108,7 @@ def _(x, weight, scale, shift, geometry, out_scale, out_shift, residual, relu, s
 @on_cpu("conv2d_dgrad")
 def _dgrad(
     dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, geometry,
-    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
 ):  # fmt: skip
     check = Checks("conv2d_dgrad", "dy", dy)
     check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
@@ -118,7 +118,8 @@ def _dgrad(
     _check_weight(check, weight, dy.shape[1], c, g.groups)
     shape = (dy.shape[0], c, height, width)
     _check_output(check, dy, g.out_shape(shape, weight.shape))
-    check.dgrad_end(shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean)
+    check.dgrad_end(shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_stride, addend_offset)
+    check.require(addend_scale != 0, "addend_scale is 0, expected another value")
 
     du = dy
     if u is not None:
@@ -128,14 +129,14 @@ def _dgrad(
     if gate_u is not None:
         return _ops.bn_act_backward_reduce(dx, None, gate_u, gate_scale, gate_shift, gate_mean, True)
     if addend is not None:
-        dx = added(dx, masked(addend, addend_mask))
+        dx = dgrad_added(dx, masked(addend, addend_mask), addend_scale, addend_stride, addend_offset)
     return dx, vector_like(dy, 0), vector_like(dy, 0)
 
 
 @fake("conv2d_dgrad")
 def _(
     dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight, height, width, geometry,
-    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
 ):  # fmt: skip
     c, gated = weight.shape[1] * geometry[6], gate_u is not None
     return empty_nhwc(dy, (dy.shape[0], c, height, width)), vector_like(dy, c, gated), vector_like(dy, c, gated)

@@ -31,14 +31,15 @@ from .block import (
     UnitGrads,
     UnitParams,
     UnitSpec,
+    add_shortcut,
     raw_stats,
     split_end_saved,
 )  # fmt: skip
 from .conv2d import encoded
 from .gram_form import Gram, conv_stats, sample_center
-from .layout import to_nhwc
+from .layout import Padded, to_nhwc
 from .pointwise import masked, matrix_kernels_take
-from .routes import Route, arch_of, is_pointwise, route_of
+from .routes import NO_NORM, Route, arch_of, is_pointwise, route_of
 
 _ops = torch.ops.resnet_fused
 Pair = tuple[Tensor | None, Tensor | None]
@@ -63,15 +64,23 @@ class Source(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """What is added to the gradient of a block's input: tensor * mask."""
+    """What is added to the gradient of a block's input: scale * tensor * mask."""
 
-    tensor: Tensor | None = None  # as the input
+    tensor: Tensor | None = None  # as the input, or where the shortcut is padded, as the output
     mask: Tensor | None = None
+    scale: float = 1.0
+    padded: Padded | None = None
+
+    @property
+    def place(self) -> tuple[float, int, int]:
+        """(scale, stride, offset) as dgrads take them."""
+        return (self.scale, *(self.padded or (0, 0)))
 
     def added_to(self, dx: Tensor) -> Tensor:
         if self.tensor is None:
             return dx
-        return dx.add_(masked(self.tensor, self.mask))
+        dz = masked(self.tensor, self.mask)
+        return dx.add_(dz, alpha=self.scale) if self.padded is None else self.padded.adjoint(dz, dx, self.scale)
 
 
 class Flow(NamedTuple):
@@ -145,10 +154,10 @@ def forward(
         stats += own
         saved += [u] if spec.save else []
         source = Source(u, p.norm(unit, *own))
-    ends = [_end(spec.units[last], params[last], source, spec.save)]
+    ends = [_end(spec.units[last], params[last], source, spec)]
     if spec.shortcut == "projection":
-        ends.append(_end(spec.units[-1], params[-1], Source(x, None), spec.save))
-    y, mask = _join(ends, x if spec.shortcut == "identity" else residual, spec)
+        ends.append(_end(spec.units[-1], params[-1], Source(x, None), spec))
+    y, mask = _join(ends, x if spec.from_x else residual, spec)
     for end in ends:
         stats += end.stats
         saved += end.saved
@@ -159,24 +168,22 @@ def _conv(unit: UnitSpec, weight: Tensor, source: Source, stats: bool) -> tuple[
     """(raw output, its mean and variance if they are wanted)"""
     own_route = source.route(unit, weight)
     if own_route.fprop is None:
-        if own_route.kernel == "conv1x1":
-            u, *own = _ops.conv1x1(source.u, weight, *source.affine, unit.geometry.stride[0], stats)
-        else:
-            u, *own = _ops.conv2d(source.u, weight, *source.affine, encoded(unit.geometry), stats)
+        u, *own = own_route.conv(source.u, weight, source.affine, unit.geometry, stats)
         return u, tuple(own) if stats else ()
     u = conv(source.activated(), weight, unit.geometry)
     return u, raw_stats(unit, u) if stats else ()
 
 
-def _end(unit: UnitSpec, p: UnitParams, source: Source, save: bool) -> End:
-    geometry = unit.geometry
+def _end(unit: UnitSpec, p: UnitParams, source: Source, spec: BlockSpec) -> End:
+    geometry, save = unit.geometry, spec.save
     if unit.plan == "gram":
         center = sample_center(source.u, *source.affine)
         gram = Gram(center, *_ops.gram(source.u, *source.affine, center, geometry.stride[0]))
         stats = conv_stats(gram, p.weight)
         return End(source, p.weight, geometry, p.norm(unit, *stats), None, stats, tuple(gram) if save else ())
     takes = source.route(unit, p.weight).fprop is None
-    if takes and not unit.batch_stats and not (save and unit.needs_raw):  # statistics are given: one product does all
+    raw_wanted = unit.batch_stats or (save and unit.needs_raw) or not spec.adds_as_it_is
+    if takes and not raw_wanted:  # statistics are given: one product does all
         return End(source, p.weight, geometry, p.norm(unit), None, (), ())
     raw, own = _conv(unit, p.weight, source, unit.batch_stats)
     kept = save and unit.plan == "keep" and unit.needs_raw
@@ -220,7 +227,9 @@ def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Te
             residual, other_affine = other.raw, (other.norm.scale, other.norm.shift)
     if main.raw is None:
         return _expand(main, residual, *tail)
-    return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, *other_affine, *tail)
+    if projection:
+        return _ops.bn_act(main.raw, main.norm.scale, main.norm.shift, residual, *other_affine, *tail)
+    return add_shortcut(main.raw, main.norm, residual, spec, *tail)
 
 
 # -------------------------------------------------------------------------------------------- backward
@@ -248,7 +257,9 @@ def backward(
     raws, mask = saved[:last], saved[-1] if spec.relu else None
     ends = split_end_saved(saved[last:], spec)
     sources = [Source(x, None), *map(Source, raws, norms[:last])]
-    shortcut = Shortcut(dy, mask) if spec.shortcut == "identity" and needs.x else Shortcut()
+    shortcut = Shortcut()
+    if spec.from_x and needs.x and spec.shortcut_scale != 0:
+        shortcut = Shortcut(dy, mask, spec.shortcut_scale, spec.padded if spec.shortcut == "padded" else None)
 
     def wanted(i: int) -> tuple[bool, bool]:
         return i > 0 or needs.x, needs.weights[i]
@@ -267,6 +278,8 @@ def backward(
         units.append(grads)
         dx = flow.grad
     dz = masked(dy, mask) if spec.shortcut == "residual" else dy
+    if spec.shortcut == "residual" and spec.shortcut_scale != 1:
+        dz = dz * spec.shortcut_scale
     return BlockGrads(dx, dz, units)
 
 
@@ -279,7 +292,7 @@ def _end_backward(
     if not unit.needs_raw:  # given statistics and no gradient for gamma: du = s dz
         dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
-        flow, dw = _through_conv(unit, p.weight, source, (du, *_NO_NORM), needs, shortcut)
+        flow, dw = _through_conv(unit, p.weight, source, (du, *NO_NORM), needs, shortcut)
         return flow, UnitGrads(dw, torch.zeros_like(norm.scale), dbeta)
     raw = saved[0] if unit.plan == "keep" else _conv(unit, p.weight, source, False)[0]
     _, dbeta, dzx = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, norm.mean, False)
@@ -314,9 +327,6 @@ def _conv_backward(
     return _through_conv(unit, weight, source, (grad, *prologue), needs, shortcut)
 
 
-_NO_NORM = (None,) * 8  # what makes du of dy: nothing
-
-
 def _through_conv(
     unit: UnitSpec, weight: Tensor, source: Source, du: tuple, needs: tuple[bool, bool], shortcut: Shortcut
 ) -> tuple[Flow, Tensor]:
@@ -329,30 +339,19 @@ def _through_conv(
         da, dw = conv_backward(formed, source.activated(), weight, unit.geometry, *by_aten)
         flow = Flow(shortcut.added_to(da) if by_aten[0] else da)
     if needs[1] and not by_aten[1]:
-        dw = _wgrad(own, unit, weight, du, source)
+        dw = own.conv_wgrad(du, source.u, source.affine, weight, unit.geometry)
     if needs[0] and not by_aten[0]:
         flow = _dgrad(own, unit, weight, du, source, shortcut)
     return flow, dw
 
 
-def _wgrad(own_route: Route, unit: UnitSpec, weight: Tensor, du: tuple, source: Source) -> Tensor:
-    """du: the gradient of the unit's output and what the batch norm's backward makes of it."""
-    operand = (source.u, *source.affine)
-    if own_route.kernel == "conv1x1":
-        return _ops.conv1x1_wgrad(*du, *operand, unit.geometry.stride[0], False, False)[0]
-    return _ops.conv2d_wgrad(*du, *operand, weight.shape[2:], encoded(unit.geometry))
-
-
-def _dgrad(own_route: Route, unit: UnitSpec, weight: Tensor, du: tuple, source: Source, shortcut: Shortcut) -> Flow:
+def _dgrad(own: Route, unit: UnitSpec, weight: Tensor, du: tuple, source: Source, shortcut: Shortcut) -> Flow:
     u = source.u
-    end: tuple[Any, ...] = (*shortcut, None, None, None, None)
+    end: tuple[Any, ...] = (*shortcut[:2], None, None, None, None, *shortcut.place)
     if source.norm is not None:
         end = (None, None, u, source.norm.scale, source.norm.shift, source.norm.mean)
-    if own_route.kernel == "conv1x1":
-        dx, *own = _ops.conv1x1_dgrad(*du, weight, *u.shape[2:], unit.geometry.stride[0], *end)
-    else:
-        dx, *own = _ops.conv2d_dgrad(*du, weight, *u.shape[2:], encoded(unit.geometry), *end)
-    return Flow(dx, (own[0], own[1]) if source.norm is not None else None)
+    dx, *sums = own.conv_dgrad(du, weight, u, unit.geometry, end)
+    return Flow(dx, (sums[0], sums[1]) if source.norm is not None else None)
 
 
 def _gram_backward(
@@ -377,7 +376,7 @@ def _gram_backward(
     into_a = (w * norm.scale.unsqueeze(1)).to(dtype).view_as(p.weight)
     end: tuple[Any, ...]
     if source.norm is None:
-        end = (None, None, minus_q, constant, None, stride, *shortcut)
+        end = (None, None, minus_q, constant, None, stride, *shortcut[:2])
         return Flow(_ops.expand_dgrad(dy, mask, into_a, source.u, *end)[0]), grads
     end = (*source.affine, minus_q, constant, source.norm.mean, 1, None, None)
     dz, *sums = _ops.expand_dgrad(dy, mask, into_a, source.u, *end)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,6 +34,32 @@ def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
     """`t` with the dtype and strides of torch.empty_like(like), as a fake predicts it (size-1 dims are free)."""
     same = all(a == b or n == 1 for a, b, n in zip(t.stride(), like.stride(), t.shape, strict=True))
     return t if same and t.dtype == like.dtype else torch.empty_like(like).copy_(t)
+
+
+class Padded(NamedTuple):
+    """A shortcut without parameters: every stride-th pixel, and channels of zeros around those of x.
+
+    The pixel (i, j) and channel c of the result read pixel (i*stride, j*stride) and channel c - before of x.
+    """
+
+    stride: int = 1
+    before: int = 0  # channels of zeros in front of x's; the others come behind
+
+    def __call__(self, x: Tensor, channels: int) -> Tensor:
+        """[N, C, H, W] -> [N, channels, ceil(H/stride), ceil(W/stride)]."""
+        behind = channels - self.before - x.shape[1]
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, behind))
+
+    def shape(self, x_shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        """That of the result."""
+        n, _, h, w = x_shape
+        return (n, channels, -(-h // self.stride), -(-w // self.stride))
+
+    def adjoint(self, dy: Tensor, dx: Tensor, alpha: float = 1.0) -> Tensor:
+        """Adds to dx [N, C, H, W] what the gradient dy of the result makes of it, in place; returns it."""
+        own = dy[:, self.before : self.before + dx.shape[1]]
+        dx[:, :, :: self.stride, :: self.stride].add_(own, alpha=alpha)
+        return dx
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

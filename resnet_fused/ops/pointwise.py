@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import plans
 from .aten import POINTWISE, Geometry
-from .layout import acc_dtype, empty_nhwc, mask_shape, nhwc_strides
+from .layout import Padded, acc_dtype, empty_nhwc, mask_shape, nhwc_strides
 
 _kernels = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _ops = torch.ops.resnet_fused
@@ -86,11 +86,19 @@ def masked(dy: Tensor, mask: Tensor | None) -> Tensor:
     return dy if mask is None else _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)[0]
 
 
-def added(x: Tensor, y: Tensor, constant: Tensor | None = None) -> Tensor:
-    """x + y + constant, rounded once."""
+def added(x: Tensor, y: Tensor, constant: Tensor | None = None, by: float = 1.0) -> Tensor:
+    """x + by*y + constant, rounded once."""
     one = x.new_ones(x.shape[1], dtype=acc_dtype(x.dtype))
     constant = torch.zeros_like(one) if constant is None else constant
-    return _ops.bn_act(x, one, constant, y, None, None, False, False)[0]
+    affine = (None, None) if by == 1 else (by * one, torch.zeros_like(one))
+    return _ops.bn_act(x, one, constant, y, *affine, False, False)[0]
+
+
+def dgrad_added(dx: Tensor, addend: Tensor, by: float, stride: int, offset: int) -> Tensor:
+    """dx + by*addend; with a stride, the addend is the gradient of what a padded shortcut makes of x."""
+    if stride:
+        addend = Padded(stride, offset).adjoint(addend, torch.zeros_like(dx))
+    return added(dx, addend, by=by)
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -180,15 +188,39 @@ class Checks:
             self._tensor(name, t, torch.int32, mask_shape(c, n * h * w))
             self.contiguous(name, t)
 
-    def dgrad_end(self, shape: tuple[int, ...], addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean) -> None:
-        """What a dgrad adds to dx [shape], or gates it with."""
-        self.activation("addend", addend, shape)
-        self.mask("addend_mask", addend_mask, shape)
+    def dgrad_end(
+        self, shape: tuple[int, ...], addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, stride=0, offset=0
+    ) -> None:
+        """What a dgrad adds to dx [shape], or gates it with; `stride` and `offset` of a padded shortcut's addend."""
+        of = self._padded_addend(shape, addend, stride, offset)
+        self.activation("addend", addend, of)
+        self.mask("addend_mask", addend_mask, of)
         self.needs("addend", addend, addend_mask=addend_mask)
         self.activation("gate_u", gate_u, shape)
         self.together(gate_u=gate_u, gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
         self.vectors(shape[1], gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean)
         self.excludes("gate_u", gate_u, addend=addend)
+
+    def _padded_addend(self, shape: tuple[int, ...], addend: Tensor | None, stride: int, offset: int):
+        """The shape of an addend that is the gradient of what a padded shortcut makes of dx [shape]."""
+        self.require(stride >= 0, f"addend_stride is {stride}, expected 0 or more")
+        self.require(stride > 0 or offset == 0, "addend_offset is given without addend_stride")
+        if stride == 0:
+            return shape
+        if addend is None:
+            raise RuntimeError(f"{self._op}: addend_stride is given without addend")
+        n, c, h, w = shape
+        got = tuple(addend.shape)
+        self.require(
+            len(got) == 4 and (got[0], *got[2:]) == (n, strided(h, stride), strided(w, stride)),
+            f"addend has shape {list(got)}, whose pixels are not those that stride {stride} makes of dx, which is "
+            f"{list(shape)}",
+        )
+        self.require(
+            0 <= offset <= got[1] - c,
+            f"addend_offset is {offset}, expected 0 to {got[1] - c} (dx has {c} channels, addend {got[1]})",
+        )
+        return got
 
     def contiguous(self, name: str, t: Tensor) -> None:
         self.require(

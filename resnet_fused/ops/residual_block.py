@@ -3,7 +3,7 @@
 Their schemas are flat, so that they trace, export and compile as one node each:
 
     geometry  10 integers a unit: stride, padding, dilation (2 each), groups, batch_stats, plan (index into
-              block.PLANS), track_gamma
+              block.PLANS), track_gamma; behind them a padded shortcut's stride and channels in front
     stats     (mean, var) of every unit that normalises with the batch's statistics, in the units' order
     saved     see block.py; the fake below lists it shape by shape
 """
@@ -20,10 +20,10 @@ from . import block, kernel_block
 from .aten import Geometry
 from .autograd import forbid_gradients
 from .block import PLANS, BlockSpec, UnitParams, UnitSpec
-from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, mask_shape, to_nhwc
+from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, mask_shape, to_nhwc
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
-_CONFIG = "int[] geometry, float[] eps, str shortcut, bool relu"
+_CONFIG = "int[] geometry, float[] eps, str shortcut, bool relu, float shortcut_scale"
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars"
 _LIB.define(f"residual_block(Tensor x, Tensor? residual, {_PARAMS}, {_CONFIG}, bool save) -> Tensor[]")
 _LIB.define(
@@ -33,23 +33,27 @@ _LIB.define(
 _FIELDS = 10  # integers a unit in `geometry`
 
 
-def encode(spec: BlockSpec) -> tuple[list[int], list[float], str, bool]:
+def encode(spec: BlockSpec) -> tuple[list[int], list[float], str, bool, float]:
     """The flat arguments that `decode` reads back."""
     geometry: list[int] = []
     for u in spec.units:
         g = u.geometry
         geometry += [*g.stride, *g.padding, *g.dilation, g.groups]
         geometry += [int(u.batch_stats), PLANS.index(u.plan), int(u.track_gamma)]
-    return geometry, [u.eps for u in spec.units], spec.shortcut, spec.relu
+    geometry += spec.padded if spec.shortcut == "padded" else ()
+    return geometry, [u.eps for u in spec.units], spec.shortcut, spec.relu, spec.shortcut_scale
 
 
-def decode(geometry: list[int], eps: list[float], shortcut: str, relu: bool, save: bool) -> BlockSpec:
+def decode(
+    geometry: list[int], eps: list[float], shortcut: str, relu: bool, shortcut_scale: float, save: bool
+) -> BlockSpec:
     units = []
     for i, e in enumerate(eps):
         g = geometry[i * _FIELDS : (i + 1) * _FIELDS]
         where = Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
         units.append(UnitSpec(where, e, bool(g[7]), PLANS[g[8]], bool(g[9])))
-    return BlockSpec(tuple(units), shortcut, relu, save)
+    padded = Padded(*geometry[len(eps) * _FIELDS :])
+    return BlockSpec(tuple(units), shortcut, relu, save, shortcut_scale, padded)
 
 
 def _params(*lists: list[Tensor]) -> list[UnitParams]:
@@ -57,9 +61,9 @@ def _params(*lists: list[Tensor]) -> list[UnitParams]:
 
 
 def _forward(
-    x, residual, weights, gammas, betas, means, vars, geometry, eps, shortcut, relu, save
+    x, residual, weights, gammas, betas, means, vars, geometry, eps, shortcut, relu, shortcut_scale, save
 ) -> list[Tensor]:  # fmt: skip
-    spec = decode(geometry, eps, shortcut, relu, save)
+    spec = decode(geometry, eps, shortcut, relu, shortcut_scale, save)
     params = _params(weights, gammas, betas, means, vars)
     with torch.autocast(autocast_type(x), enabled=False):  # the small matrix products stay in fp32
         x, residual = to_nhwc(x), None if residual is None else to_nhwc(residual)
@@ -69,9 +73,9 @@ def _forward(
 
 
 def _fake_forward(
-    x, residual, weights, gammas, betas, means, vars, geometry, eps, shortcut, relu, save
+    x, residual, weights, gammas, betas, means, vars, geometry, eps, shortcut, relu, shortcut_scale, save
 ) -> list[Tensor]:
-    spec = decode(geometry, eps, shortcut, relu, save)
+    spec = decode(geometry, eps, shortcut, relu, shortcut_scale, save)
     acc = acc_dtype(x.dtype)
     shapes, shape = [], x.shape
     for unit, w in zip(spec.units[: spec.chain], weights, strict=False):
@@ -100,10 +104,10 @@ def _fake_forward(
 
 
 def _backward(
-    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, shortcut, relu,
+    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, shortcut, relu, shortcut_scale,
     needs_x, needs_residual, needs_weight,
 ) -> list[Tensor]:  # fmt: skip
-    spec = decode(geometry, eps, shortcut, relu, True)
+    spec = decode(geometry, eps, shortcut, relu, shortcut_scale, True)
     params = _params(weights, gammas, betas, means, vars)
     norms = block.norms_of(params, stats, spec)
     with torch.autocast(autocast_type(x), enabled=False):
@@ -117,7 +121,7 @@ def _backward(
 
 
 def _fake_backward(
-    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, shortcut, relu,
+    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, shortcut, relu, shortcut_scale,
     needs_x, needs_residual, needs_weight,
 ) -> list[Tensor]:  # fmt: skip
     out = [empty_nhwc(x, x.shape) if needs_x else dy.new_empty((0,))]
@@ -158,7 +162,8 @@ def _call_backward(ctx: Any, dy: Tensor, x: Tensor, lists: list[list[Tensor]], s
     )
     grads = list(grads)
     if needs_residual and not ctx.config[3]:
-        grads[1] = dy  # no ReLU: the residual's gradient is the output's
+        scale = ctx.config[4]  # no ReLU: the residual's gradient is the output's
+        grads[1] = dy if scale == 1 else dy * scale
     return grads
 
 
@@ -194,11 +199,11 @@ class ResidualBlock(torch.autograd.Function):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _residual, *lists, geometry, eps, shortcut, relu, save = inputs
-    ctx.config = (geometry, eps, shortcut, relu)
+    x, _residual, *lists, geometry, eps, shortcut, relu, shortcut_scale, save = inputs
+    ctx.config = (geometry, eps, shortcut, relu, shortcut_scale)
     ctx.save = save
     ctx.n = len(eps)
-    ctx.n_stats = 2 * sum(u.batch_stats for u in decode(geometry, eps, shortcut, relu, save).units)
+    ctx.n_stats = 2 * sum(u.batch_stats for u in decode(geometry, eps, shortcut, relu, shortcut_scale, save).units)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, *[t for tensors in lists for t in tensors], *output[1:])
 
@@ -216,7 +221,7 @@ def _registered_backward(ctx, dout: list[Tensor]):
     units = [[grads[2 + 3 * i + j] for i in range(n)] for j in range(3)]
     return (
         grads[0] if needs[0] else None, grads[1] if needs[1] else None, *units, [None] * n, [None] * n,
-        None, None, None, None, None,
+        None, None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -6,15 +6,20 @@ fprop, dgrad and wgrad each, so that what runs is what they say.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import plans
 from .aten import Geometry
+from .conv2d import encoded
 
+_ops = torch.ops.resnet_fused
+NO_NORM = (None,) * 8  # in place of a batch norm's backward, behind dy
+Affine = tuple[Tensor | None, Tensor | None]
 Shape = tuple[int, ...]
 _ANY = 16  # an address, for plans that depend on whether an operand is there
 
@@ -30,6 +35,29 @@ class Route(NamedTuple):
     @classmethod
     def aten(cls, reason: str) -> Route:
         return cls("aten", reason, reason, reason)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a kernel runs all three."""
+        return not (self.fprop or self.dgrad or self.wgrad)
+
+    def conv(self, u: Tensor, weight: Tensor, affine: Affine, g: Geometry, stats: bool) -> list[Tensor]:
+        """fprop of relu(affine(u)), or u: (raw output, its mean and variance or empty ones)."""
+        if self.kernel == "conv1x1":
+            return list(_ops.conv1x1(u, weight, *affine, g.stride[0], stats))
+        return list(_ops.conv2d(u, weight, *affine, encoded(g), stats))
+
+    def conv_dgrad(self, du: Sequence[Any], weight: Tensor, u: Tensor, g: Geometry, end: Sequence[Any]) -> list[Tensor]:
+        """(gradient of u's activation, or of what gates it; its sums). du: dy and the batch norm's backward on load,
+        nine arguments; end: what the ops take from the addend on."""
+        if self.kernel == "conv1x1":
+            return list(_ops.conv1x1_dgrad(*du, weight, *u.shape[2:], g.stride[0], *end))
+        return list(_ops.conv2d_dgrad(*du, weight, *u.shape[2:], encoded(g), *end))
+
+    def conv_wgrad(self, du: Sequence[Any], u: Tensor, affine: Affine, weight: Tensor, g: Geometry) -> Tensor:
+        if self.kernel == "conv1x1":
+            return _ops.conv1x1_wgrad(*du, u, *affine, g.stride[0], False, False)[0]
+        return _ops.conv2d_wgrad(*du, u, *affine, weight.shape[2:], encoded(g))
 
 
 def arch_of(x: Tensor) -> int:

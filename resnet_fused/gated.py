@@ -1,0 +1,44 @@
+"""The gate as a module, and the gated block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .blocks import ConvBNAct
+from .modules import NotScripted
+
+
+class GateAct(NotScripted, nn.Module):
+    """relu((1 - g) x + g f) with g = sigmoid(v), one pass; v, x, f: [N, C, H, W]."""
+
+    def __init__(self, relu: bool = True) -> None:
+        super().__init__()
+        self.relu = relu
+
+    def forward(self, v: Tensor, x: Tensor, f: Tensor) -> Tensor:
+        return functional.gate_act(v, x, f, self.relu)
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}"
+
+
+class GatedBlock(NotScripted, nn.Module):
+    """relu((1 - g) x + g F(x)), g = sigmoid(conv1x1(x)), F = conv5x5(relu(conv3x3(x))); all with bias, no norms.
+
+    x: [N, channels, H, W] -> the same shape.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvBNAct(channels, channels, 3, padding=1, norm=False)
+        self.conv2 = ConvBNAct(channels, channels, 5, padding=2, norm=False, relu=False)
+        self.gate = ConvBNAct(channels, channels, 1, norm=False, relu=False)
+        self.join = GateAct()
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, f = self.gate(x), self.conv2(self.conv1(x))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(f.dtype)
+        return self.join(v, x, f)
