@@ -137,7 +137,7 @@ def _kind(shortcut: object) -> str:
 
 def operand_dtype(t: Tensor) -> torch.dtype:
     """That in which a convolution takes `t`: under autocast its dtype, as in eager PyTorch."""
-    device = t.device.type
+    device = autocast_type(t)
     autocast = t.dtype != torch.float64 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else t.dtype
 
@@ -145,9 +145,8 @@ def operand_dtype(t: Tensor) -> torch.dtype:
 def _autocast(x: Tensor, units: list[ConvBN], shortcut: object) -> tuple[Tensor, list[ConvBN], Tensor | None]:
     """Under autocast the operands take its dtype, as eager's convolutions do."""
     residual = shortcut if isinstance(shortcut, Tensor) else None
-    device = autocast_type(x)
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(autocast_type(x)):
+        dtype = operand_dtype(x)
         units = [replace(u, weight=u.weight.to(dtype)) for u in units]
         x = x.to(dtype)
         residual = residual if residual is None else residual.to(dtype)

@@ -207,8 +207,9 @@ struct AffineResidualEpilogue {
   __device__ void finish(uint32_t) {}
 };
 
-// kFills: whether pixels between those of a strided map are written too.
-template <typename T, class S, bool kFills = true>
+// kFills: whether pixels between those of a strided map are written too. kPads: whether the addend may be
+// that of a padded shortcut.
+template <typename T, class S, bool kFills = true, bool kPads = true>
 struct AddShortcutEpilogue {
   using Params = AddShortcut;
   static constexpr bool kMapsA = false, kMapsOutput = true, kRescales = false;
@@ -226,7 +227,7 @@ struct AddShortcutEpilogue {
   __device__ uint4 shortcut(int64_t pixel, int64_t pixels) const {
     if (!p.addend) return make_uint4(0, 0, 0, 0);
     int C = at.N, n = at.n;
-    if (p.padded.stride) {
+    if (kPads && p.padded.stride) {
       const uint32_t stride = p.padded.stride, m = static_cast<uint32_t>(pixel);
       const uint32_t i = m / p.padded.W, w = m - i * p.padded.W, h = i % p.padded.H, image = i / p.padded.H;
       if (h % stride != 0 || w % stride != 0) return make_uint4(0, 0, 0, 0);

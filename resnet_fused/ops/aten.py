@@ -53,11 +53,22 @@ def conv_backward(
     empty = dy.new_empty(0)
     if not (need_dx or need_dw):
         return empty, empty
+    if need_dw and _wgrad_overruns(x, weight, geometry):
+        dx, _ = conv_backward(dy, x, weight, geometry, need_dx, False)
+        read = to_nhwc(x[:, :, :: geometry.stride[0], :: geometry.stride[1]])
+        return dx, conv_backward(dy, read, weight, POINTWISE._replace(groups=geometry.groups), False, True)[1]
     stride, padding, dilation, groups = geometry
     dx, dw, _ = _aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_dx, need_dw, False)
     )
     return (to_nhwc(dx) if need_dx else empty), (dw if need_dw else empty)
+
+
+def _wgrad_overruns(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN's wgrad might write past the end of its workspace: on one thread, with AVX2 and fewer than eight
+    channels, that of a strided 1x1 convolution does (torch 2.14)."""
+    pointwise = tuple(weight.shape[2:]) == (1, 1) and geometry.padding == (0, 0)
+    return x.device.type == "cpu" and pointwise and geometry.stride != (1, 1) and weight.shape[1] < 8
 
 
 def wgrad1x1(a: Tensor, dz: Tensor) -> Tensor:

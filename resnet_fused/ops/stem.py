@@ -30,7 +30,7 @@ from .autograd import forbid_gradients
 from .block import Norm
 from .bn_act_pool import Pool, pooled_size
 from .conv2d import encoded
-from .layout import acc_dtype, empty_nhwc, laid_out_as, to_nhwc
+from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
 
 _ops = torch.ops.resnet_fused
@@ -83,7 +83,7 @@ def _geometry(g: list[int]) -> Geometry:
 
 
 def _forward(x, weight, gamma, beta, mean, var, eps, batch_stats, geometry, pool) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_type(x), enabled=False):
         g = _geometry(geometry)
         if kernel_obstacle(x, weight, g) is None:
             u, *own = _ops.conv2d(to_nhwc(x), to_nhwc(weight), None, None, geometry, batch_stats)
@@ -109,7 +109,7 @@ def _fake_forward(x, weight, gamma, beta, mean, var, eps, batch_stats, geometry,
 def _backward(
     dy, x, weight, gamma, beta, mean, var, u, argmax, eps, batch_stats, geometry, pool, needs_x, needs_weight
 ) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_type(x), enabled=False):
         norm, g = Norm.of(mean, var, gamma, beta, eps), _geometry(geometry)
         da = _ops.bn_act_pool_backward(to_nhwc(dy), argmax, *u.shape[2:], *pool)
         _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, norm.scale, norm.shift, norm.mean, False)
