@@ -26,9 +26,13 @@ _DGRAD_END = (
 LAYOUTS = {
     "bn_stats": "x:pC => mean:C var:C",
     "bn_act": "x:pC scale:C shift:C residual:pC residual_scale:C residual_shift:C -> y:pC mask:#pC",
+    "add_stats": "x:pC u:pC scale:C shift:C -> y:pC => mean:C var:C",
+    "gate_act": "v:pC x:pC f:pC -> y:pC mask:#pC",
+    "gate_act_backward": "dy:pC mask:#pC v:pC x:pC f:pC -> dv:pC dx:pC df:pC",
     "relu_mask": "y:pC -> mask:#pC",
     "bn_act_backward_reduce": "dy:pC mask:#pC scale:C shift:C x:pC mean:C -> dz:pC => sum_dz:C sum_dz_xc:C",
-    "bn_act_backward_apply": "dy:pC mask:#pC scale:C shift:C x:pC mean:C coef_dz:C coef_x:C coef_1:C -> dx:pC",
+    "bn_act_backward_apply": "dy:pC mask:#pC scale:C shift:C x:pC mean:C coef_dz:C coef_x:C coef_1:C addend:pC "
+    "-> dx:pC",
     "gram_operand": "x:PC scale:C shift:C center:C -> a:sC => mean:C",
     "bn_act_pool": "x:pC scale:C shift:C -> y:oC argmax:!oC",
     "bn_act_pool_backward": "dy:oC argmax:!oC -> da:pC",

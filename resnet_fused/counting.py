@@ -18,7 +18,7 @@ from .ops.pointwise import as_on_a_gpu
 from .recorder import recording
 from .traffic import block_bytes, compile_bytes, sizes_of
 
-_COMPOSITIONS = {**residual_block.COMPOSITIONS, **stem.COMPOSITIONS}
+COMPOSITIONS = {**residual_block.COMPOSITIONS, **stem.COMPOSITIONS}  # of ops: what runs for each
 
 
 class Moved(NamedTuple):
@@ -39,9 +39,9 @@ class Counter(TorchDispatchMode):
         self.moved = Moved(0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "resnet_fused" and func._opname in _COMPOSITIONS:
+        if func.namespace == "resnet_fused" and func._opname in COMPOSITIONS:
             with self:  # the ops that it is composed of are what moves bytes
-                return _COMPOSITIONS[func._opname](*args)
+                return COMPOSITIONS[func._opname](*args)
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and out.is_meta:  # which forgets the layout
             out = out.contiguous(memory_format=torch.channels_last)

@@ -182,7 +182,7 @@ def _specify(
     x: Tensor, units: list[ConvBN], residual: Tensor | None, shortcut: object, relu: bool, memory: Memory, scale: float
 ) -> BlockSpec:
     kind = _kind(shortcut)
-    scale = 1.0 if kind in ("projection", "none") else float(scale)
+    scale = 1.0 if kind in ("projection", "none") else scale
     special = special_shortcut(kind, scale)
     tensors = [x, residual, *(t for u in units for t in (u.weight, u.gamma, u.beta, u.bias))]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)

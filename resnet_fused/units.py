@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import plans
 from .costs import MACHINES, Cost, costs_of
+from .counting import COMPOSITIONS
 from .functional import Memory
 from .network import create, images, stages_of
 from .ops import kernel_block, residual_block
@@ -66,10 +67,10 @@ class _Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, ours = func._opname, func.namespace == "resnet_fused"
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
-        if ours and name in residual_block.COMPOSITIONS:
+        if ours and name in COMPOSITIONS:
             self._enter(given)
             with self:
-                return residual_block.COMPOSITIONS[name](*args)
+                return COMPOSITIONS[name](*args)
         out = func(*args, **(kwargs or {}))
         if ours:
             self._add(self._planned(func, given, out), given, out)
@@ -87,6 +88,9 @@ class _Tracer(TorchDispatchMode):
         return out
 
     def _enter(self, given: dict[str, Any]) -> None:
+        if "weight" in given:  # the stem, of one unit
+            self._last = self._end = self._names[_storage(given["weight"])]
+            return
         config = (given["geometry"], given["eps"], given["shortcut"], given["relu"], given["shortcut_scale"])
         spec, weights = residual_block.decode(*config, True), given["weights"]
         names = [self._names[_storage(w)] for w in weights]

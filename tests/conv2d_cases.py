@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from op_cases import activation, nhwc, vector
 from pointwise_cases import Arguments, activated, columns, empty, gated, mask_of, masked, scale, summed
 from torch import Tensor
 from torch.nn import functional as F
+
+from resnet_fused import plans
 
 
 class Geometry(NamedTuple):
@@ -201,3 +204,44 @@ def dgrad_arguments(p: Problem, dtype: torch.dtype, prologue: str = "bn gate", e
         given |= {"gate_u": activation(*shape, dtype), "gate_scale": scale(p.C, dtype)}
         given |= {"gate_shift": vector(p.C, dtype), "gate_mean": vector(p.C, dtype)}
     return given | {"geometry": g.numbers}
+
+
+# ------------------------------------------------------------------------------------------------------- plans
+
+TILES = ("256x128x32", "256x64x32", "128x64x32")  # in the order of a problem's `tile`
+BACKWARD_BUFFERS = ("u", "mask", "mean", "coef_dz", "coef_x", "coef_1")
+KERNELS = {  # name: (op, stride, what its problem has beside the sizes)
+    "conv2d_fprop": ("conv2d", 1, ("scale", "shift", "mean", "var")),
+    "conv2d_fprop_strided": ("conv2d", 2, ("scale", "shift", "mean", "var")),
+    "conv2d_bn_act": ("conv2d_bn_act", 1, ("scale", "shift", "residual", "mask")),
+    "conv2d_bn_act_strided": ("conv2d_bn_act", 2, ("scale", "shift", "residual", "mask")),
+    "conv2d_dgrad_add": ("conv2d_dgrad", 1, (*BACKWARD_BUFFERS, "addend")),
+    "conv2d_dgrad_gate": ("conv2d_dgrad", 2, (*BACKWARD_BUFFERS, "gate_u")),
+}
+
+
+def plan(name: str, dtype: torch.dtype, tile: int = 0, arch: int = 80, n: int = 8, side: int = 28) -> plans.Plan:
+    """Of a 3x3 convolution of 128 channels; buffers are anywhere."""
+    op, stride, buffers = KERNELS[name]
+    sizes = {
+        "N": n,
+        "H": side,
+        "W": side,
+        "C": 128,
+        "K": 128,
+        "R": 3,
+        "S": 3,
+        "groups": 1,
+        "dtype": dtype,
+        "tile": tile,
+    }
+    sizes |= {f"{field}_{axis}": value for field, value in (("stride", stride), ("padding", 1), ("dilation", 1))
+              for axis in "hw"}  # fmt: skip
+    return plans.plan(op, sizes, arch, dict.fromkeys(buffers, 4096))
+
+
+def all_steps() -> Iterator[plans.Step]:
+    for name in KERNELS:
+        for dtype in (torch.bfloat16, torch.float16):
+            for tile in range(1, len(TILES) + 1):
+                yield from plan(name, dtype, tile).steps

@@ -31,7 +31,7 @@ def kernel_source(symbol: str) -> Path:
     names = {
         name: path
         for path in CSRC.rglob("*.cu")
-        for name in re.findall(r"RESNET_FUSED_\w*KERNELS?\w*\((\w+)", path.read_text())
+        for name in re.findall(r"^RESNET_FUSED_\w+\((\w+)", path.read_text(), re.MULTILINE)
         if symbol.startswith(name)
     }
     assert names, f"no file defines a kernel {symbol}"

@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> Device:
 def families(device: Device) -> set[str]:
     """The matrix kernels of the last run, without element type and tile."""
     names = {symbol.split("_bf16_")[0].split("_f16_")[0] for symbol in device.symbols}
-    return {name for name in names if name.startswith(("conv1x1", "expand", "gram"))} - {
+    return {name for name in names if name.startswith(("conv1x1", "conv2d", "expand", "gram"))} - {
         "gram_finalize",
         "gram_operand",
     }
@@ -59,16 +59,18 @@ def step_draws(
 
 
 INNER = {"conv1x1_fprop", "conv1x1_wgrad_backward", "conv1x1_dgrad_backward_add"}
+INNER |= {"conv2d_fprop", "conv2d_wgrad_backward_affine", "conv2d_dgrad_gate"}
+STRIDED = INNER - {"conv2d_fprop"} | {"conv2d_fprop_strided"}
 GRAM = {"gram", "expand_affine", "conv1x1_wgrad_masked_affine", "expand_dgrad"}
 KEPT = {"conv1x1_fprop_affine", "conv1x1_wgrad_backward_affine", "conv1x1_dgrad_backward_gate"}
 DUAL = {"gram", "expand_dual", "conv1x1_wgrad_masked_affine", "expand_dgrad", "expand_dgrad_projection"}
 EXPECTED = {
     ("identity", "lean"): INNER | GRAM,
     ("projection", "lean"): INNER | DUAL | {"conv1x1_wgrad_masked"},
-    ("stride 2", "lean"): INNER | DUAL | {"gram_strided", "conv1x1_wgrad_masked_strided"},
+    ("stride 2", "lean"): STRIDED | DUAL | {"gram_strided", "conv1x1_wgrad_masked_strided"},
     ("identity", "fast"): INNER | KEPT,
     ("projection", "fast"): INNER | KEPT,
-    ("stride 2", "fast"): INNER | KEPT | {"conv1x1_wgrad_backward_strided"},
+    ("stride 2", "fast"): STRIDED | KEPT | {"conv1x1_wgrad_backward_strided"},
 }
 
 
@@ -83,13 +85,35 @@ def test_bottleneck(kind: str, memory: str, dtype: torch.dtype, device: Device) 
         assert families(device) == EXPECTED[kind, memory]
 
 
-@pytest.mark.parametrize("kind", ["projection", "stride 2"])
-def test_basic_block(kind: str, device: Device) -> None:
-    """Its only 1x1 convolution is the projection, whose partner keeps its output."""
+BASIC = {"conv2d_wgrad_backward", "conv2d_wgrad_backward_affine", "conv2d_dgrad_add", "conv2d_dgrad_gate"}
+PROJECTED = {"gram", "expand", "conv1x1_wgrad_masked", "expand_dgrad_projection"}
+BASIC_EXPECTED = {
+    "identity": BASIC | {"conv2d_fprop"},
+    "projection": BASIC | PROJECTED | {"conv2d_fprop"},
+    "stride 2": BASIC
+    | PROJECTED - {"gram", "conv1x1_wgrad_masked"}
+    | {"conv2d_fprop", "conv2d_fprop_strided", "gram_strided", "conv1x1_wgrad_masked_strided"},
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", BASIC_EXPECTED)
+def test_basic_block(kind: str, dtype: torch.dtype, device: Device) -> None:
+    """Its last unit is 3x3, whose output is kept; a projection still takes the Gram form."""
     eager, fused = block(torchvision_resnet, "BasicBlock", kind), block(rf, "BasicBlock", kind)
-    step_draws(fused, eager, device, torch.bfloat16, (8, 32, 15, 13))
+    step_draws(fused, eager, device, dtype, (8, 32, 15, 13), count=16)
     if device.name == "emulated":
-        assert families(device) >= {"expand", "expand_dgrad_projection"}
+        assert families(device) == BASIC_EXPECTED[kind]
+
+
+@pytest.mark.parametrize(("groups", "width"), [(2, 32), (8, 64), (32, 4)])
+def test_grouped_bottleneck(groups: int, width: int, device: Device) -> None:
+    """ResNeXt's: groups of at least eight channels run on the kernels, of fewer through ATen, and both are right."""
+    made = [source.Bottleneck(64, 16, groups=groups, base_width=width) for source in (torchvision_resnet, rf)]
+    per_group = made[0].conv2.weight.shape[1]
+    step_draws(made[1], made[0], device, torch.bfloat16, (4, 64, 9, 7), count=4)
+    if device.name == "emulated":
+        assert ("conv2d_fprop" in families(device)) == (per_group >= 8)
 
 
 def freeze_statistics(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import conv2d_cases
 import few_cases
 import gemm_cases
 import pytest
@@ -64,6 +65,7 @@ def all_steps() -> Iterator[Step]:
                     padded = {"residual_stride": 2, "residual_H": 112, "residual_W": 112, "residual_C": channels // 2}
                     yield from plans.plan(op, problem | padded, 80, {"residual": 4096}).steps
     yield from few_cases.all_steps()
+    yield from conv2d_cases.all_steps()
     for gemm in GEMMS:
         for dtype in gemm_cases.DTYPES.values():
             for tile in gemm.tiles:

@@ -67,7 +67,14 @@ def test_units_of_a_block() -> None:
         "conv1x1_wgrad_backward_affine",
         "conv1x1_dgrad_backward_gate",
     ]
-    assert families(lean, "conv1")[:2] == ["bn_stats", "bn_act_pool"]
+    assert families(lean, "conv1") == [
+        "conv2d_few_fprop_4x2",
+        "bn_act_pool",
+        "bn_act_pool_backward",
+        "bn_act_backward_reduce",
+        "conv2d_few_wgrad_backward_4",
+    ]
+    assert families(lean, "layer1.1.conv2") == ["conv2d_fprop", "conv2d_wgrad_backward_affine", "conv2d_dgrad_gate"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -83,7 +90,7 @@ def test_command(arch: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--as-on-a-gpu", "--arch", str(arch)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["unit", "input", "pass"]
-    assert any("ATen fprop: not a dense 1x1 convolution" in line for line in lines)
+    assert any("conv2d_fprop_bf16" in line for line in lines)
     assert any("gram_strided_bf16" in line for line in lines)
     assert MACHINES[arch].name in last
 

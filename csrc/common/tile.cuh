@@ -90,7 +90,8 @@ struct Tile {
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        if (holds(m0, e)) raw.chunk[e / kWidth].value[e % kWidth] = source[map(row(m0, e)) * C + channel(0)];
+        if (holds(m0, e))
+          raw.chunk[e / kWidth].value[e % kWidth] = __ldg(source + map(row(m0, e)) * C + channel(0));
       }
     }
     return raw;
@@ -112,7 +113,7 @@ struct Tile {
       if constexpr (kVector) {
         raw.chunk[e / kWidth].bits = __ldg(reinterpret_cast<const uint4*>(at));
       } else {
-        raw.chunk[e / kWidth].value[e % kWidth] = *at;
+        raw.chunk[e / kWidth].value[e % kWidth] = __ldg(at);
       }
     }
     return raw;

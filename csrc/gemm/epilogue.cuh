@@ -244,8 +244,9 @@ struct AddShortcutEpilogue {
     if (map.stride == 1) return at.M;
     return static_cast<int64_t>(at.M / (map.Ho.divisor * map.Wo.divisor)) * map.H * map.W;
   }
+  __device__ int64_t pixel(int m) const { return kFills ? source_row(map, m) : output_row(map, m); }
   __device__ uint4 fetch(int m, bool inside) const {
-    return inside ? shortcut(source_row(map, m), pixels()) : make_uint4(0, 0, 0, 0);
+    return inside ? shortcut(pixel(m), pixels()) : make_uint4(0, 0, 0, 0);
   }
   __device__ void row(int m, bool inside, bool, const float (&acc)[8], uint4 addend) {
     if (!inside) return;
@@ -253,9 +254,9 @@ struct AddShortcutEpilogue {
     unpack<T>(addend, a);
 #pragma unroll
     for (int i = 0; i < 8; ++i) z[i] = fmaf(p.scale, a[i], acc[i] + constant[i]);
-    const int64_t pixel = source_row(map, m);
-    store_chunk(p.out, pixel, at.N, at.n, pack<T>(z));
-    if (kFills && map.stride > 1) fill_around(pixel);
+    const int64_t own = pixel(m);
+    store_chunk(p.out, own, at.N, at.n, pack<T>(z));
+    if (kFills && map.stride > 1) fill_around(own);
   }
   // The pixels between this one and the next that the convolution has read.
   __device__ void fill_around(int64_t pixel) const {
@@ -297,7 +298,7 @@ struct GateSumsEpilogue {
     load_vector(p.shift, at.channel(), shift);
     load_vector(p.mean, at.channel(), mean);
   }
-  __device__ int64_t pixel(int m) const { return kMapped ? source_row(map, m) : m; }
+  __device__ int64_t pixel(int m) const { return kMapped ? output_row(map, m) : m; }
   __device__ uint4 fetch(int m, bool inside) const {
     return inside ? fetch_chunk(p.u, pixel(m), at.N, at.n) : make_uint4(0, 0, 0, 0);
   }

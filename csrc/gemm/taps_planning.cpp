@@ -19,6 +19,10 @@ bool check_taps(Plan& plan, const char* op, const ConvShape& q) {
   // What an offset within the image and its padding may be.
   const int64_t reach = (q.H + 2 * q.padding_h) * (q.W + 2 * q.padding_w);
   if (reach > INT32_MAX / kPixelBytes) return refused(plan, op, "an image of too many pixels");
+  // Pixels are 31-bit numbers, those before the first image and behind the last one too.
+  if (std::max(q.N * q.H * q.W, q.N * q.P() * q.Q()) > INT32_MAX - 2 * reach) {
+    return refused(plan, op, "2^31 pixels or more");
+  }
   if (q.R * q.S * std::max(q.C, q.K) > INT32_MAX / 128) return refused(plan, op, "too many weights");
   return true;
 }

@@ -62,7 +62,10 @@ __device__ inline int64_t source_row(const PixelMap& map, int m) {
   if (map.stride == 1) return m;
   const uint32_t row = divide(m, map.Wo), image = divide(row, map.Ho);
   const uint32_t j = m - row * map.Wo.divisor, i = row - image * map.Ho.divisor;
-  return (static_cast<int64_t>(image) * map.H + i * map.stride) * map.W + j * map.stride + map.first;
+  return (static_cast<int64_t>(image) * map.H + i * map.stride) * map.W + j * map.stride;
 }
+
+// The pixel of a strided convolution's dx that is output m of a phase.
+__device__ inline int64_t output_row(const PixelMap& map, int m) { return source_row(map, m) + map.first; }
 
 }  // namespace resnet_fused

@@ -209,8 +209,8 @@ def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Te
     """act(sum of the ends + residual), and its mask."""
     main, *projection = ends
     tail = (spec.relu, spec.relu and spec.save)
-    unformed = bool(projection) and main.raw is None and projection[0].raw is None
-    if unformed and main.pointwise and main.source.norm is not None and projection[0].pointwise:
+    unformed = all(end.raw is None for end in ends)
+    if projection and unformed and main.pointwise and main.source.norm is not None and projection[0].pointwise:
         other = projection[0]  # the dual GEMM: both products, both batch norms, the sum and the ReLU
         return _ops.expand(
             main.source.u, *main.source.affine, main.weight, main.norm.scale, main.norm.shift + other.norm.shift,

@@ -56,7 +56,7 @@ class PreActSpec(NamedTuple):
         geometry: list[int] = []
         for i, g in enumerate(self.convs):
             own = i < self.chain and self.batch_stats[i]
-            geometry += [*g.stride, *g.padding, *g.dilation, g.groups, int(own)]
+            geometry += [*g.stride, *g.padding, *g.dilation, g.groups, 1 if own else 0]
         return geometry, list(self.eps)
 
     @classmethod
