@@ -39,8 +39,9 @@ def launches_kernels(name: str, arguments: tuple) -> bool:
 
 
 MATRIX_OPS = {"conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand", "expand_dgrad"}
-# No kernel takes a k x k convolution yet. Blocks are below: their samples are planned for the CPU's compositions.
-NAMES = [name for name in op_names() if not name.startswith(("conv2d", "residual_block"))]
+MATRIX_OPS |= {"conv2d", "conv2d_bn_act", "conv2d_dgrad", "conv2d_wgrad"}
+# Blocks are below: their samples are planned for the CPU's compositions.
+NAMES = [name for name in op_names() if not name.startswith("residual_block")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

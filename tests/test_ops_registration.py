@@ -175,25 +175,25 @@ def conv2d_samples(dtype: torch.dtype) -> list[tuple]:
     x, affine = activation(24, dtype), vectors(2, 24, dtype)
     return [
         (x, kernel(40, 24, dtype), *affine, SAME, True),
-        (x, kernel(40, 12, dtype), None, None, GROUPED, False),
+        (activation(48, dtype), kernel(16, 24, dtype), None, None, GROUPED, False),
     ]
 
 
 def conv2d_bn_act_samples(dtype: torch.dtype) -> list[tuple]:
-    x, (s, t) = activation(24, dtype), vectors(2, 40, dtype)
+    x, (s, t), halves = activation(24, dtype), vectors(2, 40, dtype), vectors(2, 16, dtype)
     return [
         (x, kernel(40, 24, dtype), *vectors(2, 24, dtype), SAME, s, t, activation(40, dtype), True, True),
-        (x, kernel(40, 12, dtype), None, None, GROUPED, s, t, None, False, False),
+        (activation(48, dtype), kernel(16, 24, dtype), None, None, GROUPED, *halves, None, False, False),
     ]
 
 
 def conv2d_dgrad_samples(dtype: torch.dtype) -> list[tuple]:
-    x, none, gate = activation(24, dtype), (None,) * 4, (activation(24, dtype), *vectors(3, 24, dtype))
-    w, grouped = kernel(40, 24, dtype), kernel(40, 12, dtype)
+    none, gate = (None,) * 4, (activation(24, dtype), *vectors(3, 24, dtype))
+    w, grouped, wide = kernel(40, 24, dtype), kernel(16, 24, dtype), activation(48, dtype)
     return [
         (*plain_dy(40, dtype), w, 5, 4, SAME, None, None, *none),
         (*bn_backward(40, dtype, True), w, 5, 4, SAME, None, None, *gate),
-        (*bn_backward(40, dtype, False, h=3, w=2), grouped, 5, 4, GROUPED, x, OPS.relu_mask(x), *none),
+        (*bn_backward(16, dtype, False, h=3, w=2), grouped, 5, 4, GROUPED, wide, OPS.relu_mask(wide), *none),
     ]
 
 
@@ -201,7 +201,7 @@ def conv2d_wgrad_samples(dtype: torch.dtype) -> list[tuple]:
     x = activation(24, dtype)
     return [
         (*bn_backward(40, dtype, True), x, *vectors(2, 24, dtype), [3, 2], SAME),
-        (*plain_dy(40, dtype, h=3, w=2), x, None, None, [3, 2], GROUPED),
+        (*plain_dy(16, dtype, h=3, w=2), activation(48, dtype), None, None, [3, 2], GROUPED),
     ]
 
 
