@@ -303,7 +303,7 @@ def test_a_problem_that_fits_nowhere() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"C": 12}, "12 channels are not a multiple of 8"),
+        ({"C": 12}, "the kernels take 1 to 7 channels or a multiple of 8, got 12"),
         ({"K": 20}, "20 channels are not a multiple of 8"),
         ({"groups": 4}, "4 channels are not a multiple of 8"),
         ({"dtype": torch.float32}, "the kernels take bfloat16 and float16"),
