@@ -122,7 +122,7 @@ NARROW = {
 SHARES = {
     "conv1x1_fprop": "54.5 51 35.5 35.5",
     "conv1x1_fprop_affine": "30 27.5 22 16.5",
-    "conv1x1_dgrad_add": "47.5 42.5 34 29",
+    "conv1x1_dgrad_add": "47.5 42.5 32 29",
     "conv1x1_dgrad_gate": "49.5 49 33.5 33.5",
     "conv1x1_dgrad_backward_add": "11.5 9 6",
     "conv1x1_dgrad_backward_gate": "11.5 9 6",
