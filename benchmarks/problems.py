@@ -40,7 +40,7 @@ class Problem:
         """From an op's schema, whose arguments and results have the names of the problem's fields."""
         op = schema.name.split("::")[1]
         outputs = dict(zip((r.name for r in schema.returns), results, strict=True))
-        given = {a.name: value for a, value in zip(schema.arguments, arguments, strict=True)}
+        given = {a.name: value for a, value in zip(schema.arguments, arguments, strict=False)}
         every = {**_sizes(given), **outputs}
         used = {name: value for name, value in every.items() if name in FIELDS[op] and value is not None}
         fields = {name: value for name, value in used.items() if not isinstance(value, Tensor)}
