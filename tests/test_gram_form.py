@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Case, assert_agrees, random_unit
+from conftest import Case, assert_agrees, geometric_mean, random_unit
 from torch import Tensor
 
 from resnet_fused.functional import ConvBN
@@ -84,8 +84,12 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 @pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
 def test_agrees_with_eager(shortcut, correlation, kind, dtype) -> None:
-    """Without the ReLU: in float32 one sign that flips by rounding, which is chance, outweighs what is tested."""
-    assert_agrees([gram_case(shortcut, correlation, kind).to(dtype).draw() for _ in range(3)], dtype)
+    """Without the ReLU: in float32 one sign that flips by rounding, which is chance, outweighs what is tested.
+
+    The channels' errors are one error where they are nearly dependent, and its tail is long: hence many draws.
+    """
+    draws = [gram_case(shortcut, correlation, kind).to(dtype).draw() for _ in range(16)]
+    assert_agrees(draws, dtype, geometric_mean)
 
 
 @pytest.mark.parametrize("kind", ROWS)
