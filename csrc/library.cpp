@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "gate_act_backward(Tensor dy, Tensor? mask, Tensor v, Tensor x, Tensor f)"
       " -> (Tensor dv, Tensor dx, Tensor df)");
   m.def(
+      "concat_act(Tensor x, Tensor u, Tensor scale, Tensor shift, bool relu, bool save_mask)"
+      " -> (Tensor y, Tensor mask)");
+  m.def(
+      "concat_act_backward(Tensor dy, Tensor? mask, Tensor? u, Tensor? mean, int before)"
+      " -> (Tensor dz, Tensor sum_dz, Tensor sum_dz_xc)");
+  m.def(
       "bn_act_pool(Tensor x, Tensor scale, Tensor shift, int kernel, int stride, int padding)"
       " -> (Tensor y, Tensor argmax)");
   m.def(
@@ -89,6 +95,8 @@ void implement(Library& m) {
   m.impl("bn_act_backward_apply", TORCH_BOX(&bn_act_backward_apply));
   m.impl("gate_act", TORCH_BOX(&gate_act));
   m.impl("gate_act_backward", TORCH_BOX(&gate_act_backward));
+  m.impl("concat_act", TORCH_BOX(&concat_act));
+  m.impl("concat_act_backward", TORCH_BOX(&concat_act_backward));
   m.impl("bn_act_pool", TORCH_BOX(&bn_act_pool));
   m.impl("bn_act_pool_backward", TORCH_BOX(&bn_act_pool_backward));
 }

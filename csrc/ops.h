@@ -58,6 +58,15 @@ std::tuple<Tensor, Tensor> gate_act(const Tensor& v, const Tensor& x, const Tens
 std::tuple<Tensor, Tensor, Tensor> gate_act_backward(const Tensor& dy, const OptionalTensor& mask,
                                                      const Tensor& v, const Tensor& x, const Tensor& f);
 
+// y = [x | relu?(scale * u + shift)] along the channels, and the mask of the second part.
+std::tuple<Tensor, Tensor> concat_act(const Tensor& x, const Tensor& u, const Tensor& scale,
+                                      const Tensor& shift, bool relu, bool save_mask);
+
+// dz = dy * mask of the channels of dy behind the first `before`, sum(dz) and sum(dz * (u - mean)).
+std::tuple<Tensor, Tensor, Tensor> concat_act_backward(const Tensor& dy, const OptionalTensor& mask,
+                                                       const OptionalTensor& u, const OptionalTensor& mean,
+                                                       int64_t before);
+
 // y = maxpool(relu(scale * x + shift)) and the winning tap of each window, int8.
 std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                        int64_t kernel, int64_t stride, int64_t padding);

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from . import functional, models, reference
-from .blocks import BasicBlock, BNReLUMaxPool, Bottleneck, ConvBNAct, ScaledBasicBlock, ScaledBottleneck
+from .blocks import (
+    BasicBlock,
+    BNReLUMaxPool,
+    Bottleneck,
+    ConcatBasicBlock,
+    ConcatBottleneck,
+    ConvBNAct,
+    ScaledBasicBlock,
+    ScaledBottleneck,
+)
 from .convert import fuse_, unfuse_
 from .explain import explain
 from .gated import GateAct, GatedBlock
@@ -17,6 +26,8 @@ __all__ = [
     "BNReLUMaxPool",
     "BasicBlock",
     "Bottleneck",
+    "ConcatBasicBlock",
+    "ConcatBottleneck",
     "ConvBNAct",
     "GateAct",
     "GatedBlock",

@@ -45,6 +45,7 @@ class FusedBlock(NotScripted, nn.Module):
     memory: functional.Memory = "lean"
     branch_scale: float = 1.0  # of the two terms of the sum
     shortcut_scale: float = 1.0
+    concatenates: bool = False  # x stands beside the branch's output instead of being added to it
 
     def layers(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         """(conv name, conv, norm name, norm) of the main path, in order."""
@@ -82,7 +83,7 @@ class FusedBlock(NotScripted, nn.Module):
         """As `functional.residual_block` takes it; a module of another kind runs here."""
         down: Any = getattr(self, "downsample", None)
         if down is None:
-            return "identity"
+            return "concat" if self.concatenates else "identity"
         if type(down) is reference.PaddedShortcut and hook_reason("downsample", down) is None:
             return down.padded
         projection = self.projection()
@@ -131,6 +132,18 @@ class ScaledBottleneck(Bottleneck):
     def __init__(self, *args: Any, branch_scale: float = 0.1, shortcut_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.branch_scale, self.shortcut_scale = branch_scale, shortcut_scale
+
+
+class ConcatBasicBlock(FusedBlock, reference.ConcatBasicBlock):
+    """[x | relu(F(x))] with BasicBlock's F, fused: x: [N, inplanes, H, W] -> [N, inplanes + planes, H, W]."""
+
+    concatenates = True
+
+
+class ConcatBottleneck(FusedBlock, reference.ConcatBottleneck):
+    """[x | relu(F(x))] with Bottleneck's F, fused: x: [N, inplanes, H, W] -> [N, inplanes + 4*planes, H, W]."""
+
+    concatenates = True
 
 
 class ConvBNAct(NotScripted, nn.Module):

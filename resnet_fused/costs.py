@@ -15,10 +15,10 @@ import torch
 from .plans import Plan, Step
 
 # Buffers by op: "name:layout". One letter: a vector over channels, float32. Else a matrix or more of the problem's
-# type, after "#" of bits in panels, after "." float32, after "!" bytes. C, K and D (C2) are channels, G those of a
-# group; R and S a kernel's sides. Pixels: p all of x, s the strided ones, o of the output; P and Q all of x and x2, of
-# which only the strided ones are accessed. Behind "->" are results, behind "=>" those that a second step combines from
-# partial ones.
+# type, after "#" of bits in panels, after "." float32, after "!" bytes. C, K, D (C2) and Y (C + K) are channels, G
+# those of a group; R and S a kernel's sides. Pixels: p all of x, s the strided ones, o of the output; P and Q all of x
+# and x2, of which only the strided ones are accessed. Behind "->" are results, behind "=>" those that a second step
+# combines from partial ones.
 _DU = "u:{0}K mask:#{0}K scale:K shift:K mean:K coef_dz:K coef_x:K coef_1:K"
 _DGRAD_END = (
     "addend:pC addend_mask:#pC gate_u:pC gate_scale:C gate_shift:C gate_mean:C -> dx:pC => sum_dz:C sum_dz_xc:C"
@@ -29,6 +29,8 @@ LAYOUTS = {
     "add_stats": "x:pC u:pC scale:C shift:C -> y:pC => mean:C var:C",
     "gate_act": "v:pC x:pC f:pC -> y:pC mask:#pC",
     "gate_act_backward": "dy:pC mask:#pC v:pC x:pC f:pC -> dv:pC dx:pC df:pC",
+    "concat_act": "x:pC u:pK scale:K shift:K -> y:pY mask:#pK",
+    "concat_act_backward": "dy:pK mask:#pK u:pK mean:K -> dz:pK => sum_dz:K sum_dz_xc:K",
     "relu_mask": "y:pC -> mask:#pC",
     "bn_act_backward_reduce": "dy:pC mask:#pC scale:C shift:C x:pC mean:C -> dz:pC => sum_dz:C sum_dz_xc:C",
     "bn_act_backward_apply": "dy:pC mask:#pC scale:C shift:C x:pC mean:C coef_dz:C coef_x:C coef_1:C addend:pC "
@@ -88,7 +90,7 @@ def sizes_of(problem: Problem) -> dict[str, int]:
     given = {name: value for name, value in problem.items() if isinstance(value, int)}
     get = given.get
     if "M" in given:
-        return {"p": given["M"], "C": given["C"]}
+        return {"p": given["M"], "C": given["C"], "K": get("K", 0), "Y": given["C"] + get("K", 0)}
     n, h, w, c = given["N"], given["H"], given["W"], given["C"]
     sizes = {"C": c, "K": get("K", 0), "D": get("C2", 0), "p": n * h * w, "P": n * h * w}
     if "kernel" in given:  # a pool
@@ -154,6 +156,9 @@ def costs_of(op: str, problem: Problem, present: Iterable[str], plan: Plan) -> l
     def moved(role: str) -> int:
         return sum(buffer_bytes(op, name, problem) for name in names if buffers[name].role == role)
 
+    if op == "concat_act":  # first the one part, then the other
+        first = buffer_bytes(op, "x", problem)
+        return [Cost(first, first), Cost(moved("input") - first, moved("output") - first)]
     partial = _workspace(op, problem, plan)
     flops, executed = flops_of(op, problem), executed_flops(op, problem, plan.steps[0])
     if len(plan.steps) == 1:

@@ -47,6 +47,7 @@ class Counter(TorchDispatchMode):
             out = out.contiguous(memory_format=torch.channels_last)
         if _moves(func, args, out):
             once = _bytes(out) + (0 if func._opname in _READ_NOTHING else _bytes((args, kwargs)))
+            once -= _left_unread(func, args)
             again = sum((times - 1) * _bytes(args[i]) for i, times in _reads(func._opname, args).items())
             self.moved += Moved(once + again, once)
         return out
@@ -73,6 +74,19 @@ def _reads(op: str, args: Any) -> dict[int, int]:
         need_dx, need_dw, _ = args[-1]
         return {0: int(need_dx) + int(need_dw), 1: int(need_dw), 2: int(need_dx)}
     return _READS.get(op, {})
+
+
+def _left_unread(func: Any, args: Any) -> int:
+    """Bytes of channels that an op does not read of its operands."""
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    if func._opname == "concat_act_backward":
+        dy, read = given["dy"], given["dy"].shape[1] - given["before"]
+    elif func._opname in ("conv1x1_dgrad", "conv2d_dgrad") and given.get("addend_stride"):
+        groups = given["geometry"][6] if "geometry" in given else 1
+        dy, read = given["addend"], given["weight"].shape[1] * groups
+    else:
+        return 0
+    return _bytes(dy) // dy.shape[1] * (dy.shape[1] - read)
 
 
 def _bytes(tree: Any) -> int:

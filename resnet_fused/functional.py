@@ -79,7 +79,7 @@ def conv_bn_act(
 def residual_block(
     x: Tensor,
     units: Sequence[ConvBN],
-    shortcut: Literal["identity"] | Tensor | ConvBN | Padded | None = "identity",
+    shortcut: Literal["identity", "concat"] | Tensor | ConvBN | Padded | None = "identity",
     relu: bool = True,
     memory: Memory = "lean",
     branch_scale: float = 1.0,
@@ -89,21 +89,25 @@ def residual_block(
 
     x: [N, C, H, W]. `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), a Padded (x
     strided, with channels of zeros), or None. A shortcut that broadcasts to [N, K, P, Q] runs as plain PyTorch.
+    "concat" puts x in front of the chain's channels instead of adding it, outside of the ReLU: [N, C + K, P, Q].
     `branch_scale` and `shortcut_scale` multiply the two terms of the sum; they cost no pass over memory.
     `memory`: "lean" never keeps the last unit's raw output, "fast" keeps it.
-    Returns [N, K, P, Q] channels_last; running statistics of training units are moved in place.
+    Returns [N, K, P, Q] channels_last (or as "concat" says); running statistics of training units are moved in place.
     Source of the mathematics: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5;
     the backward of `resnet_fused.ops.block`. Second derivatives raise.
     """
     check_memory(memory)
     if not units:
         raise ValueError("units is empty, expected at least one ConvBN")
+    kind = _kind(shortcut)
     everything = [*units, shortcut] if isinstance(shortcut, ConvBN) else list(units)
     plain = x
     reason = fallback_reason(x, any(unit.has_norm for unit in everything))
     if reason is None:
         x, everything, residual = _autocast(x, everything, shortcut)
         shapes, reason = _check(x, everything, shortcut, residual)
+        if shortcut_scale != 1 and kind == "concat":
+            reason = "the shortcut is scaled and concatenated"
     if reason is not None:
         record(plain, units, shortcut, None, reason)
         return reference.residual_block(plain, units, shortcut, relu, branch_scale, shortcut_scale)
@@ -130,9 +134,11 @@ def _kind(shortcut: object) -> str:
         return "padded"
     if shortcut is None:
         return "none"
-    if shortcut != "identity":
-        raise ValueError(f'shortcut is {shortcut!r}, expected "identity", a Tensor, a ConvBN, a Padded or None')
-    return "identity"
+    if shortcut not in ("identity", "concat"):
+        raise ValueError(
+            f'shortcut is {shortcut!r}, expected "identity", "concat", a Tensor, a ConvBN, a Padded or None'
+        )
+    return str(shortcut)
 
 
 def operand_dtype(t: Tensor) -> torch.dtype:
@@ -169,6 +175,13 @@ def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | 
         shapes.append(got)
     if isinstance(shortcut, Padded):
         got = check_padded(shortcut, got, shape)
+    if isinstance(shortcut, str) and shortcut == "concat":
+        if got[:1] + got[2:] != shape[:1] + shape[2:]:
+            raise ValueError(
+                f'residual_block: shortcut "concat" has shape {list(got)}, the chain gives {list(shape)}: expected the '
+                "same N, H and W"
+            )
+        return shapes, None
     if not broadcasts(got, shape):
         raise ValueError(f"residual_block: shortcut gives shape {list(got)}, expected {list(shape)} (the chain's)")
     if residual is not None and (residual.dtype, residual.device) != (x.dtype, x.device):

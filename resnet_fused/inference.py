@@ -138,8 +138,10 @@ class FoldedBlock(_EvalOnly):
         shortcut: ConvBN | nn.Module | None,
         branch_scale: float = 1.0,
         shortcut_scale: float = 1.0,
+        concatenates: bool = False,
     ) -> None:
         super().__init__()
+        self.concatenates = concatenates
         factors = [1.0] * (len(units) - 1) + [branch_scale]
         self.convs = nn.ModuleList(FoldedConv(unit, True, factor) for unit, factor in zip(units, factors, strict=True))
         folds = isinstance(shortcut, ConvBN)
@@ -152,12 +154,17 @@ class FoldedBlock(_EvalOnly):
         if isinstance(x, Proxy):
             return traced_as_leaf(self, x)
         x = to_nhwc(x)
+        if self.concatenates:
+            return torch.cat([x, self._chain(x)], 1)
         shortcut: Any = self.shortcut
         residual = scaled(x if shortcut is None else shortcut(x), self.shortcut_scale)
+        return self._chain(x, residual, isinstance(shortcut, FoldedConv))
+
+    def _chain(self, x: Tensor, residual: Tensor | None = None, into_residual: bool = False) -> Tensor:
         convs: list[Any] = list(self.convs)
         for conv in convs[:-1]:
             x = conv.run(x)  # past nn.Module's call, which costs as much as a small convolution's launch
-        return convs[-1].run(x, residual, isinstance(shortcut, FoldedConv))
+        return convs[-1].run(x, residual, into_residual)
 
 
 @torch.no_grad()
@@ -303,11 +310,12 @@ def _fold_block(name: str, block: FusedBlock, report: FoldReport) -> tuple[str |
         shortcut = convbn_of(*projection) if projection else down
         for unit in [*units, *([shortcut] if isinstance(shortcut, ConvBN) else [])]:
             reason = reason or _fold_reason(unit)
+    options = (block.branch_scale, block.shortcut_scale, block.concatenates)
     if reason is None and projection is not None:
-        return None, FoldedBlock(units, shortcut, block.branch_scale, block.shortcut_scale)
+        return None, FoldedBlock(units, shortcut, *options)
     _fold_chain(_slots(f"{name}.downsample", down), report)
     if reason is None:
-        return None, FoldedBlock(units, shortcut, block.branch_scale, block.shortcut_scale)
+        return None, FoldedBlock(units, shortcut, *options)
     _fold_chain(_block_slots(name, block), report)
     return reason, None
 

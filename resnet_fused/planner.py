@@ -58,6 +58,8 @@ def special_shortcut(kind: str, scale: float) -> str | None:
     """What a shortcut of this kind is, if it is more than a tensor to be added."""
     if kind == "padded":
         return "the shortcut is strided and padded where it is read"
+    if kind == "concat":
+        return "the output is written beside the shortcut's"
     return None if scale == 1 else "the shortcut is scaled where it is read"
 
 

@@ -40,9 +40,13 @@ _BACKWARD = "u mask scale shift mean coef_dz coef_x coef_1"
 _PROBLEMS = {
     "bn_stats": _problem(buffers="x mean var workspace"),
     "add_stats": _problem(buffers="x u scale shift y mean var workspace"),
-    "bn_act": _problem(flags=f"relu {_PADDED}", buffers="x scale shift residual residual_scale residual_shift y mask"),
+    "bn_act": _problem(
+        flags=f"relu y_pitch {_PADDED}", buffers="x scale shift residual residual_scale residual_shift y mask"
+    ),
     "relu_mask": _problem(buffers="y mask"),
-    "bn_act_backward_reduce": _problem(buffers="dy mask scale shift x mean dz sum_dz sum_dz_xc workspace"),
+    "bn_act_backward_reduce": _problem(
+        flags="dy_pitch", buffers="dy mask scale shift x mean dz sum_dz sum_dz_xc workspace"
+    ),
     "bn_act_backward_apply": _problem(buffers="dy mask scale shift x mean coef_dz coef_x coef_1 addend dx"),
     "gram_operand": _problem(flags="relu", sizes="N H W C stride", buffers="x scale shift center a mean workspace"),
     "conv1x1": _problem(sizes=_CONV1X1, buffers="x scale shift weight out mean var workspace", tile=True),
@@ -83,6 +87,8 @@ _PROBLEMS = {
         buffers="dy mask weight x scale shift q constant mean addend addend_mask dx sum_dz sum_dz_xc workspace",
         tile=True,
     ),
+    "concat_act": _problem(flags="relu", sizes="M C K", buffers="x u scale shift y mask"),
+    "concat_act_backward": _problem(sizes="M C K", buffers="dy mask u mean dz sum_dz sum_dz_xc workspace"),
     "gate_act": _problem(flags="relu", buffers="v x f y mask"),
     "gate_act_backward": _problem(buffers="dy mask v x f dv dx df"),
     "bn_act_pool": _problem(**_POOL, buffers="x scale shift y argmax"),

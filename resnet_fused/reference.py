@@ -56,6 +56,8 @@ def residual_block(
     for unit in units[:-1]:
         y = F.relu(conv_bn(y, unit))
     y = scaled(conv_bn(y, units[-1]), branch_scale)
+    if isinstance(shortcut, str) and shortcut == "concat":
+        return torch.cat([scaled(x, shortcut_scale), F.relu(y) if relu else y], 1)
     if isinstance(shortcut, Tensor):
         y = y + scaled(shortcut, shortcut_scale)
     elif isinstance(shortcut, str):  # "identity"
@@ -208,9 +210,36 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
+class ConcatBasicBlock(BasicBlock):
+    """[x | relu(bn2(conv3x3(relu(bn1(conv3x3(x))))))] along the channels: the concatenation connection."""
+
+    def __init__(self, inplanes: int, planes: int, norm_layer: Any = None) -> None:
+        super().__init__(inplanes, planes, norm_layer=norm_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return torch.cat([x, self.relu(self.bn2(self.conv2(out)))], 1)
+
+
+class ConcatBottleneck(Bottleneck):
+    """[x | relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(conv1x1(x)))))))))] along the channels, of 4*planes new ones."""
+
+    def __init__(
+        self, inplanes: int, planes: int, groups: int = 1, base_width: int = 64, norm_layer: Any = None
+    ) -> None:
+        super().__init__(inplanes, planes, groups=groups, base_width=base_width, norm_layer=norm_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return torch.cat([x, self.relu(self.bn3(self.conv3(out)))], 1)
+
+
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "ConcatBasicBlock",
+    "ConcatBottleneck",
     "PaddedShortcut",
     "bn_act_pool",
     "conv1x1",

@@ -64,6 +64,8 @@ def sizes_of(x_shape: tuple[int, ...], itemsize: int, units: tuple, spec: BlockS
     rows, columns = spec.units[-1].geometry.stride
     mask = 4 * math.ceil(k / 32) * n * p * q if spec.relu else 0
     shortcut = 0 if spec.shortcut == "none" else outs[-1]
+    if spec.shortcut == "concat":
+        shortcut = math.prod(x_shape) * itemsize
     if spec.shortcut == "padded":
         shortcut = n * x_shape[1] * p * q * itemsize
     return Sizes(
@@ -88,7 +90,7 @@ def eager_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
         saved += u + u * relu
     y = s.outs[-1]
     if s.shortcut:
-        fwd += 2 * y + y
+        fwd += 2 * (s.x + y) if spec.shortcut == "concat" else 2 * y + y
         bwd += 3 * s.x
     if spec.shortcut == "padded":  # made as a tensor of its own; its gradient read, and scattered
         fwd += s.shortcut + y
@@ -110,7 +112,7 @@ def compile_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
         saved += u + u * (not last or spec.relu)
     y = s.outs[-1]
     if s.shortcut:
-        fwd += y  # the residual, read by the last kernel
+        fwd += 2 * s.x if spec.shortcut == "concat" else y  # the residual, read by the last kernel
         bwd += y * spec.relu * 2 + s.x * 3  # relu' of y in both passes; the gradients of x added
     if s.projected:
         fwd += s.x + y + y  # convolution, statistics
@@ -146,6 +148,8 @@ def kernel_bytes(s: Sizes, spec: BlockSpec, on_kernels: list[bool]) -> Bytes:
     if s.projected:
         end = _kernel_end(spec.units[-1].plan, s.x, y, s.mask, on_kernels[-1], False)
         fwd, bwd, saved = fwd + end.forward, bwd + end.backward + s.x, saved + end.saved
+    elif spec.shortcut == "concat":  # x written; dz, written for the kernels, gated; dy, read by the first unit's dgrad
+        fwd, bwd = fwd + s.x, bwd + y - (2 if on_kernels[last] else 1) * s.mask + s.x
     elif s.shortcut:
         bwd += s.shortcut + s.mask  # dy * mask, read by the first unit's dgrad
     return Bytes(fwd, bwd, saved)
@@ -204,7 +208,9 @@ def fused_bytes(s: Sizes, spec: BlockSpec) -> Bytes:
     joined = s.ins[-1] if spec.units[last].plan == "gram" else y
     fwd += joined + y + s.mask + (s.shortcut if not s.projected else s.x if grams == 2 else y)
     bwd += (2 * y + s.mask) if spec.relu else y
-    if spec.shortcut == "padded":  # added to every stride-th pixel
+    if spec.shortcut == "concat":  # x written; dz written in any case; dy added
+        fwd, bwd = fwd + s.x, bwd + (0 if spec.relu else y) + 3 * s.x
+    elif spec.shortcut == "padded":  # added to every stride-th pixel
         bwd += 3 * s.shortcut
     elif s.shortcut:  # a 1x1 convolution's dgrad adds the identity's gradient
         bwd += s.x if last > 0 and not s.projected and s.pointwise else 3 * s.x

@@ -38,7 +38,8 @@ def test_whole_tiles_multiply_nothing_in_vain(gemm: Gemm, tile: str) -> None:
 
 def random(layout: str, pixels: dict[str, int], c: int, dtype: torch.dtype) -> Tensor:
     letters = layout.strip("#.!")
-    if letters == "C":
+    c = {"K": c // 2, "Y": c + c // 2}.get(letters[-1], c)
+    if len(letters) == 1:
         return torch.randn(c).abs()
     rows = pixels[letters[0]]
     if layout[0] == "#":
@@ -57,6 +58,8 @@ TAILS = [
     ("bn_act_backward_reduce", "dy mask dz sum_dz"),
     ("bn_act_backward_apply", "dy mask x mean coef_dz coef_x coef_1 dx"),
     ("bn_act_backward_apply", "dy scale shift x mean coef_dz coef_x coef_1 dx"),
+    ("concat_act", "x u scale shift y mask"),
+    ("concat_act_backward", "dy mask u mean dz sum_dz sum_dz_xc"),
     ("bn_act_pool", "x scale shift y argmax"),
     ("bn_act_pool_backward", "dy argmax da"),
 ]
@@ -71,9 +74,14 @@ def test_tails(op: str, names: str, dtype: torch.dtype) -> None:
     if "pool" in op:
         problem = {"dtype": dtype, "N": n, "H": h, "W": w, "C": c, "kernel": 3, "stride": 2, "padding": 1}
         pixels["o"] = n * (h // 2) * (w // 2)
-    if op == "bn_act":
+    if op in ("bn_act", "concat_act"):
         problem["relu"] = 1
-    tensors = {name: random(Buffer.of(op)[name].layout, pixels, c, dtype) for name in names.split()}
+    if op.startswith("concat"):
+        problem["K"] = c // 2
+    layouts = {name: Buffer.of(op)[name].layout for name in names.split()}
+    if op == "concat_act_backward":
+        layouts["dy"] = "pY"  # of which a part is read
+    tensors = {name: random(layout, pixels, c, dtype) for name, layout in layouts.items()}
     addresses = {name: t.data_ptr() for name, t in tensors.items()}
     workspace = torch.zeros(max(1, plans.plan(op, problem, 80, addresses).workspace))
     if workspace.numel() > 1:

@@ -17,7 +17,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 # Steps of a larger op: a gradient asked of them raises.
 STEPS = (
     "relu_mask", "gram_operand", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_pool_backward",
-    "gate_act_backward", "conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand", "expand_dgrad",
+    "gate_act_backward", "concat_act_backward", "conv1x1", "conv1x1_dgrad", "conv1x1_wgrad", "gram", "expand",
+    "expand_dgrad",
     "conv2d", "conv2d_bn_act", "conv2d_dgrad", "conv2d_wgrad",
 )  # fmt: skip
 
@@ -102,6 +103,11 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple]:
             ],
             "add_stats": [(x, dy, None, None), (x, dy, scale, shift)],
             "gate_act": [(x, dy, f, True, True), (x, dy, f, False, False)],
+            "concat_act": [(x, dy, scale, shift, True, True), (x, dy, scale, shift, False, False)],
+            "concat_act_backward": [
+                (dy, OPS.relu_mask(dy[:, 1:].contiguous(memory_format=torch.channels_last)), *rest, 1)
+                for rest in ((f[:, 1:].contiguous(memory_format=torch.channels_last), mean[1:]), (None, None))
+            ],
             "gate_act_backward": [(dy, mask, x, f, v), (dy, None, x, f, v)],
             "relu_mask": [(x,)],
             "gram_operand": [(x, scale, shift, True, mean, 1), (x, None, None, False, mean, 2)],

@@ -81,7 +81,7 @@ def all_steps() -> Iterator[Step]:
 
 def plans_sizes(op: str) -> dict[str, int]:
     names = {name for name, _ in plans._PROBLEMS[op]._fields_}
-    sizes = {"M": 3136, "N": 1, "H": 56, "W": 56, "kernel": 3, "stride": 1, "padding": 1}
+    sizes = {"M": 3136, "K": 64, "N": 1, "H": 56, "W": 56, "kernel": 3, "stride": 1, "padding": 1}
     return {name: size for name, size in sizes.items() if name in names}
 
 

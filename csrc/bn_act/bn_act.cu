@@ -45,7 +45,7 @@ __device__ void affine_rows(const BnActParams& p) {
         on |= relu_gate(z) << e;
         View::set(out, e, p.io.relu ? relu(z) : z);
       }
-      tile.store(static_cast<T*>(p.io.y), m0 + u * tile.step, out);
+      tile.store(static_cast<T*>(p.io.y), m0 + u * tile.step, out, p.io.y_pitch);
       if (p.io.mask) tile.store_mask(p.io.mask, m0 + u * tile.step, on);
     }
   }

@@ -12,6 +12,7 @@ namespace resnet_fused {
 struct BnActProblem {
   DType dtype;
   int32_t relu;
+  int32_t y_pitch;        // elements from a row of y to its next; 0: C
   PaddedShortcut padded;  // of the residual; its vectors are [C] all the same
   int64_t M, C;
   const void* x;
@@ -35,6 +36,7 @@ struct ReluMaskProblem {
 // dz = dy * gate; sum_dz = sum over rows of dz; sum_dz_xc = that of dz * (x - mean), where mean is given
 struct BnActBackwardReduceProblem {
   DType dtype;
+  int32_t dy_pitch;  // elements from a row of dy to its next; 0: C
   int64_t M, C;
   const void* dy;
   ReluGate gate;

@@ -48,7 +48,7 @@ __device__ void reduce_rows(const BnActBackwardReduceParams& p) {
     uint32_t words[kStaged];
 #pragma unroll
     for (int u = 0; u < kStaged; ++u) {
-      dys[u] = tile.load(dy, m0 + u * tile.step);
+      dys[u] = tile.load(dy, m0 + u * tile.step, p.io.dy_pitch);
       if (x) xs[u] = tile.load(x, m0 + u * tile.step);
       words[u] = gradient.word(tile, m0 + u * tile.step);
     }

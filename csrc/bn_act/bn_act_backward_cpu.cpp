@@ -29,19 +29,38 @@ struct ReluBackward {
   using Acc = AccOf<T>;
   const Tiling& tiling;
   const T *dy, *x;
+  int64_t dy_pitch;
   const uint32_t* mask;
   const Acc *scale, *shift;
 
+  ReluBackward(const BnActBackwardCpu& a, const Tiling& tiling, const Acc* scale, const Acc* shift)
+      : tiling(tiling),
+        dy(static_cast<const T*>(a.dy)),
+        x(static_cast<const T*>(a.x)),
+        dy_pitch(a.dy_pitch != 0 ? a.dy_pitch : a.c),
+        mask(a.mask),
+        scale(scale),
+        shift(shift) {}
+
   // dz of one tile; gate[kTileBuffer] is scratch.
   RF_INLINE void operator()(int64_t m, int64_t c, int64_t n, BitsOf<Acc>* gate, Acc* dz) const {
-    const int64_t at = m * tiling.channels + c;
-    if (mask == nullptr && scale == nullptr) return widen(dy + at, dz, n);
+    if (dy_pitch == tiling.channels) return apply(dy + m * tiling.channels + c, m, c, n, gate, dz);
+    alignas(64) T dense[kTileBuffer];
+    tiling.for_each_pixel(m, n, [&](int64_t pixel, int64_t i, int64_t width) RF_LAMBDA {
+      std::copy_n(dy + pixel * dy_pitch + c, width, dense + i);
+    });
+    apply(dense, m, c, n, gate, dz);
+  }
+
+ private:
+  RF_INLINE void apply(const T* dys, int64_t m, int64_t c, int64_t n, BitsOf<Acc>* gate, Acc* dz) const {
+    if (mask == nullptr && scale == nullptr) return widen(dys, dz, n);
     if (mask != nullptr) {
       unpack_tile(mask, tiling, m, c, n, gate);
     } else {
-      sign_gate(x + at, scale + c, shift + c, gate, n);
+      sign_gate(x + m * tiling.channels + c, scale + c, shift + c, gate, n);
     }
-    apply_gate(dy + at, gate, dz, n);
+    apply_gate(dys, gate, dz, n);
   }
 };
 
@@ -150,7 +169,7 @@ void bn_act_backward_reduce_cpu(const BnActBackwardCpu& a, void* dz, void* sum_d
     using Acc = AccOf<T>;
     const T* x = static_cast<const T*>(a.x);
     const PerChannel<Acc> scale(a.scale, tiling), shift(a.shift, tiling), mean(a.mean, tiling);
-    const ReluBackward<T> relu_backward{tiling, static_cast<const T*>(a.dy), x, a.mask, scale, shift};
+    const ReluBackward<T> relu_backward(a, tiling, scale, shift);
     run_chunks(tiling.chunks(),
                Reduce<T>{tiling, relu_backward, x, mean, static_cast<T*>(dz), partials.data()});
     sum_partials(partials.data(), tiling.chunks(), sums * a.c, a.c, static_cast<Acc*>(sum_dz));
@@ -169,7 +188,7 @@ void bn_act_backward_apply_cpu(const BnActBackwardCpu& a, const void* coef_dz, c
     const T* x = static_cast<const T*>(a.x);
     const PerChannel<Acc> scale(a.scale, tiling), shift(a.shift, tiling), mean(a.mean, tiling);
     const PerChannel<Acc> wide_dz(coef_dz, tiling), wide_x(coef_x, tiling), wide_1(coef_1, tiling);
-    const ReluBackward<T> relu_backward{tiling, static_cast<const T*>(a.dy), x, a.mask, scale, shift};
+    const ReluBackward<T> relu_backward(a, tiling, scale, shift);
     run_chunks(tiling.chunks(), Apply<T>{tiling, relu_backward, x, mean, wide_dz, wide_x, wide_1,
                                          static_cast<const T*>(addend), static_cast<T*>(dx)});
   });

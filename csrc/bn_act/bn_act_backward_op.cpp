@@ -20,8 +20,8 @@ BnActBackwardCpu check_backward(Checks& check, const Tensor& dy, const OptionalT
   check.per_channel("mean", mean);
   check.require(x || !scale, "scale is given without x");
   check.require(x || !mean, "mean is given without x");
-  return {dtype_of(dy), pixels(dy),  channels(dy), data(dy),  mask_data(mask),
-          data(x),      data(scale), data(shift),  data(mean)};
+  return {dtype_of(dy), pixels(dy),  channels(dy), data(dy),   mask_data(mask),
+          data(x),      data(scale), data(shift),  data(mean), 0};
 }
 
 }  // namespace
@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_reduce(const Tensor& dy, cons
   if (use_kernels(dy)) {
     launch(plan_bn_act_backward_reduce,
            {args.dtype,
+            0,
             args.m,
             args.c,
             args.dy,

@@ -69,10 +69,12 @@ struct BnAct {
   const PaddedShortcut& padded;
   Acc floor;  // 0 with relu, else -infinity
   T* y;
+  int64_t y_pitch;
   uint32_t* mask;
 
   RF_INLINE void operator()(int64_t chunk) const {
     alignas(64) Acc z[kTileBuffer] = {};
+    alignas(64) T dense[kTileBuffer];
     tiling.for_each_tile(chunk, [&](int64_t m, int64_t c, int64_t n) RF_LAMBDA {
       const int64_t at = m * tiling.channels + c;
       affine(x + at, scale + c, shift + c, z, n);
@@ -85,7 +87,11 @@ struct BnAct {
         add_residual(residual + at, z, n);
       }
       if (mask != nullptr) pack_tile(z, tiling, m, c, n, mask);
-      round_above(z, floor, y + at, n);
+      if (y_pitch == tiling.channels) return round_above(z, floor, y + at, n);
+      round_above(z, floor, dense, n);
+      tiling.for_each_pixel(m, n, [&](int64_t pixel, int64_t i, int64_t width) RF_LAMBDA {
+        std::copy_n(dense + i, width, y + pixel * y_pitch + c);
+      });
     });
   }
 };
@@ -119,7 +125,8 @@ void bn_act_cpu(const BnActCpu& a) {
     const Acc floor = a.relu ? Acc(0) : -std::numeric_limits<Acc>::infinity();
     run_chunks(tiling.chunks(),
                BnAct<T>{tiling, static_cast<const T*>(a.x), static_cast<const T*>(a.residual), scale, shift,
-                        residual_scale, residual_shift, a.padded, floor, static_cast<T*>(a.y), a.mask});
+                        residual_scale, residual_shift, a.padded, floor, static_cast<T*>(a.y),
+                        a.y_pitch != 0 ? a.y_pitch : a.c, a.mask});
   });
 }
 

@@ -16,6 +16,7 @@ struct BnActCpu {
   PaddedShortcut padded;  // of the residual, see rows.h
   bool relu;
   void* y;
+  int64_t y_pitch;  // elements from a row of y to its next; 0: c
   uint32_t* mask;
 };
 void bn_act_cpu(const BnActCpu& args);
@@ -29,6 +30,7 @@ struct BnActBackwardCpu {
   const void* dy;
   const uint32_t* mask;
   const void *x, *scale, *shift, *mean;
+  int64_t dy_pitch;  // elements from a row of dy to its next; 0: c
 };
 void bn_act_backward_reduce_cpu(const BnActBackwardCpu& args, void* dz, void* sum_dz, void* sum_dz_xc);
 void bn_act_backward_apply_cpu(const BnActBackwardCpu& args, const void* coef_dz, const void* coef_x,

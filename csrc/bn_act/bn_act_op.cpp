@@ -50,12 +50,12 @@ std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Tensor& scale, const Te
   uint32_t* bits = save_mask ? mask_data(mask) : nullptr;
   if (use_kernels(x)) {
     launch(plan_bn_act,
-           {dtype_of(x), relu, padded, pixels(x), channels(x), data(x), floats(scale), floats(shift),
+           {dtype_of(x), relu, 0, padded, pixels(x), channels(x), data(x), floats(scale), floats(shift),
             data(residual), floats(residual_scale), floats(residual_shift), y.mutable_data_ptr(), bits},
            x);
   } else {
     bn_act_cpu({dtype_of(x), pixels(x), channels(x), data(x), data(scale), data(shift), data(residual),
-                data(residual_scale), data(residual_shift), padded, relu, y.mutable_data_ptr(), bits});
+                data(residual_scale), data(residual_shift), padded, relu, y.mutable_data_ptr(), 0, bits});
   }
   return {y, mask};
 }

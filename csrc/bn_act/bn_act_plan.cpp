@@ -7,6 +7,14 @@ namespace {
 constexpr const char* kForward = "bn_act/bn_act.cu";
 constexpr const char* kBackward = "bn_act/bn_act_backward.cu";
 
+// The pitch of an activation [M, C]; one that is no whole number of accesses leaves the kernel without wide
+// ones.
+template <class Problem>
+void set_pitch(int32_t Problem::* pitch, Problem& q, Variant& variant) {
+  if (q.*pitch == 0) q.*pitch = static_cast<int32_t>(q.C);
+  if (q.*pitch % variant.width != 0) variant.width = 1;
+}
+
 }  // namespace
 
 Plan plan_bn_act(const BnActProblem& q, int arch) {
@@ -22,7 +30,9 @@ Plan plan_bn_act(const BnActProblem& q, int arch) {
   }
   if (padded.C % variant.width != 0 || padded.offset % variant.width != 0) variant.width = 1;
   const char* name = q.residual && padded.stride ? "bn_act_padded" : "bn_act";
-  add_row_step(plan, kForward, name, variant, grid, BnActParams{q, grid.rows(q.M, q.C)});
+  BnActParams params{q, grid.rows(q.M, q.C)};
+  set_pitch(&BnActProblem::y_pitch, params.io, variant);
+  add_row_step(plan, kForward, name, variant, grid, params);
   return plan;
 }
 
@@ -42,8 +52,9 @@ Plan plan_bn_act_backward_reduce(const BnActBackwardReduceProblem& q, int arch) 
   const RowGrid grid = row_grid(q.M, q.C, kMaxPartials);
   plan.workspace = grid.row_blocks * sums * q.C;
   if (q.M > 0) {
-    const Variant variant = choose_variant(q.dtype, q.C, {q.dy, q.x, q.dz});
-    const BnActBackwardReduceParams params{q, grid.rows(q.M, q.C)};
+    Variant variant = choose_variant(q.dtype, q.C, {q.dy, q.x, q.dz});
+    BnActBackwardReduceParams params{q, grid.rows(q.M, q.C)};
+    set_pitch(&BnActBackwardReduceProblem::dy_pitch, params.io, variant);
     add_row_step(plan, kBackward, "bn_act_backward_reduce", variant, grid, params);
   }
   const int32_t C = static_cast<int32_t>(q.C);

@@ -145,10 +145,11 @@ class Checks {
     if (t) same(name, *t);
   }
 
-  // A contiguous vector [C] in the accumulator's dtype.
-  void per_channel(const char* name, const Tensor& t) const {
+  // A contiguous vector in the accumulator's dtype, [C] or [size].
+  void per_channel(const char* name, const Tensor& t) const { per_channel(name, t, channels(*main_)); }
+  void per_channel(const char* name, const Tensor& t, int64_t size) const {
     dtype(name, t, acc_type(*main_));
-    shape(name, t, {channels(*main_)});
+    shape(name, t, {size});
     contiguous(name, t);
     device(name, t);
   }
@@ -158,11 +159,8 @@ class Checks {
 
   // A vector [size] for the matrix kernels, which read it 16 bytes at a time.
   void vector(const char* name, const Tensor& t, int64_t size) const {
-    dtype(name, t, acc_type(*main_));
-    shape(name, t, {size});
-    contiguous(name, t);
+    per_channel(name, t, size);
     aligned(name, t);
-    device(name, t);
   }
   void vector(const char* name, const OptionalTensor& t, int64_t size) const {
     if (t) vector(name, *t, size);

@@ -90,6 +90,13 @@ struct Tiling {
     for (int64_t m = begin(chunk); m < end(chunk); m += group) for_each_segment(m, end(chunk), f);
   }
 
+  // Calls f(m, i, width) for each pixel m of a tile of n elements: those from the tile's i-th on.
+  template <class F>
+  RF_INLINE void for_each_pixel(int64_t m, int64_t n, const F& f) const {
+    const int64_t width = std::min(n, channels);
+    for (int64_t i = 0; i < n; i += width, ++m) f(m, i, width);
+  }
+
   // The same with four tiles at a time, width() apart, as long as there are four: f(m, c, n, tiles).
   template <class F>
   RF_INLINE void for_each_four_tiles(int64_t chunk, const F& f) const {

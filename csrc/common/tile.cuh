@@ -75,15 +75,16 @@ struct Tile {
     for (int i = 0; i < kChannels; ++i) out[i] = channel(i) < C ? source[channel(i)] : 0.0f;
   }
 
-  // Elements outside of the matrix are 0. `map` turns the row of the tile's matrix into that of `source`.
+  // Elements outside of the matrix are 0. `map` turns the row of the tile's matrix into that of `source`,
+  // whose rows are `pitch` elements apart.
   template <typename RowMap>
-  __device__ Raw load(const T* source, int64_t m0, RowMap map) const {
+  __device__ Raw load(const T* source, int64_t m0, RowMap map, int pitch) const {
     Raw raw;
     if constexpr (kVector) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         if (holds(m0, j * kWidth)) {
-          const T* from = source + map(row(m0, 0)) * C + channel(j * kWidth);
+          const T* from = source + map(row(m0, 0)) * pitch + channel(j * kWidth);
           raw.chunk[j].bits = __ldg(reinterpret_cast<const uint4*>(from));
         }
       }
@@ -91,14 +92,19 @@ struct Tile {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         if (holds(m0, e))
-          raw.chunk[e / kWidth].value[e % kWidth] = __ldg(source + map(row(m0, e)) * C + channel(0));
+          raw.chunk[e / kWidth].value[e % kWidth] = __ldg(source + map(row(m0, e)) * pitch + channel(0));
       }
     }
     return raw;
   }
-  __device__ Raw load(const T* source, int64_t m0) const {
-    return load(source, m0, [](int64_t row) { return row; });
+  template <typename RowMap>
+  __device__ Raw load(const T* source, int64_t m0, RowMap map) const {
+    return load(source, m0, map, C);
   }
+  __device__ Raw load(const T* source, int64_t m0, int pitch) const {
+    return load(source, m0, [](int64_t row) { return row; }, pitch);
+  }
+  __device__ Raw load(const T* source, int64_t m0) const { return load(source, m0, C); }
   // Of a padded shortcut's x. With kVector its C and offset are whole accesses.
   __device__ Raw load(const T* source, int64_t m0, const PaddedShortcut& from) const {
     const SourceRow map{static_cast<uint32_t>(from.stride), static_cast<uint32_t>(from.H),
@@ -125,21 +131,23 @@ struct Tile {
     raw.chunk[element / kWidth].value[element % kWidth] = from_float<T>(value);
   }
 
-  __device__ void store(T* target, int64_t m0, const Raw& raw) const {
+  // Rows `pitch` elements apart.
+  __device__ void store(T* target, int64_t m0, const Raw& raw, int pitch) const {
     if constexpr (kVector) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         if (holds(m0, j * kWidth)) {
-          *reinterpret_cast<uint4*>(target + row(m0, 0) * C + channel(j * kWidth)) = raw.chunk[j].bits;
+          *reinterpret_cast<uint4*>(target + row(m0, 0) * pitch + channel(j * kWidth)) = raw.chunk[j].bits;
         }
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        if (holds(m0, e)) target[row(m0, e) * C + channel(0)] = raw.chunk[e / kWidth].value[e % kWidth];
+        if (holds(m0, e)) target[row(m0, e) * pitch + channel(0)] = raw.chunk[e / kWidth].value[e % kWidth];
       }
     }
   }
+  __device__ void store(T* target, int64_t m0, const Raw& raw) const { store(target, m0, raw, C); }
 
   // Writes the tile's mask words, one a row; bit e of `on` is the thread's element e. Elements outside of the
   // matrix must come with their bit off, and do where it is that of relu_gate(0). The whole warp takes part.

@@ -2,6 +2,8 @@
 
     y = act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))
 
+or with shortcut "concat", [x | act(bn_n(...))] along the channels.
+
 This file holds the mathematics of the whole block on tensors that are already checked: the op's schema is in
 `residual_block.py` beside its fake and its autograd, the user's edge in `functional.py`.
 
@@ -30,7 +32,7 @@ from .layout import Padded, acc_dtype, to_nhwc
 
 _ops = torch.ops.resnet_fused
 
-SHORTCUTS = ("none", "identity", "residual", "projection", "padded")
+SHORTCUTS = ("none", "identity", "residual", "projection", "padded", "concat")
 PLANS = ("keep", "recompute", "gram")
 
 
@@ -57,21 +59,27 @@ class BlockSpec(NamedTuple):
     relu: bool
     save: bool  # whether a backward may follow
     shortcut_scale: float = 1.0  # of identity, residual and padded; a projection's is in its gamma and beta
-    padded: Padded = Padded()  # with shortcut "padded"
+    padded: Padded = Padded()  # with shortcut "padded"; of "concat" the gradient is that of one without a stride
 
     @property
     def adds_as_it_is(self) -> bool:
         """Whether the shortcut, if any, is a tensor like the output to be added to it."""
-        return self.shortcut != "padded" and self.shortcut_scale == 1
+        return self.shortcut not in ("padded", "concat") and self.shortcut_scale == 1
 
     @property
     def from_x(self) -> bool:
         """Whether the shortcut is x, whose gradient it adds to."""
-        return self.shortcut in ("identity", "padded")
+        return self.shortcut in ("identity", "padded", "concat")
+
+    def out_shape(self, branch: tuple[int, ...], x: tuple[int, ...]) -> tuple[int, ...]:
+        """That of y for a branch [N, K, P, Q]: with "concat" [N, C + K, P, Q]."""
+        n, k, p, q = branch
+        return (n, k + x[1] * (self.shortcut == "concat"), p, q)
 
     def add_to_gradient(self, dx: Tensor, dz: Tensor) -> Tensor:
-        """dx += the gradient of x through the shortcut from_x, for dz, that of the sum before the ReLU; returns dx."""
-        if self.shortcut == "padded":
+        """dx += the gradient of x through the shortcut from_x; returns dx. dz: that of the sum before the ReLU, or with
+        "concat" that of y."""
+        if self.shortcut in ("padded", "concat"):
             return self.padded.adjoint(dz, dx, self.shortcut_scale)
         return dx.add_(dz, alpha=self.shortcut_scale)
 
@@ -238,7 +246,11 @@ def _join(ends: list[End], residual: Tensor | None, spec: BlockSpec) -> tuple[Te
 def add_shortcut(
     raw: Tensor, norm: Norm, residual: Tensor | None, spec: BlockSpec, relu: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
-    """act(norm(raw) + the shortcut that is no projection) and its mask, in one pass."""
+    """act(norm(raw) + the shortcut that is no projection) and its mask, in one pass; with "concat" [x | act(norm(raw))]
+    and the mask of the second part."""
+    if spec.shortcut == "concat":
+        assert residual is not None
+        return _ops.concat_act(residual, raw, norm.scale, norm.shift, relu, save_mask)
     if spec.adds_as_it_is or residual is None:
         return _ops.bn_act(raw, norm.scale, norm.shift, residual, None, None, relu, save_mask)
     place = spec.padded if spec.shortcut == "padded" else (0, 0)
@@ -456,10 +468,15 @@ def backward(
     u, prologue = (raws[-1], norms[last - 1]) if last else (x, None)
     source = Source(spec.units[last], params[last], u, prologue)
     main = _end_input(source, end_saved[0])
-    dz, sums = _reduce(dy, saved[-1] if spec.relu else None, main.raw, norms[last], spec.relu)
-    if not spec.relu:
-        dz = dy
-    identity = dz if spec.from_x and needs.x else None
+    mask = saved[-1] if spec.relu else None
+    if spec.shortcut == "concat":
+        mean = None if main.raw is None else norms[last].mean
+        dz, *own = _ops.concat_act_backward(dy, mask, main.raw, mean, x.shape[1])
+        sums = EndSums(*own)
+    else:
+        dz, sums = _reduce(dy, mask, main.raw, norms[last], spec.relu)
+        dz = dz if spec.relu else dy
+    identity = (dy if spec.shortcut == "concat" else dz) if spec.from_x and needs.x else None
     wanted = (last > 0 or needs.x, needs.weights[last])
     da, grads = _end_backward(source, norms[last], end_saved[0], main, dz, sums, wanted)
     del main  # its memory may serve the next gradients, and so may da's below

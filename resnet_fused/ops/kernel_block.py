@@ -259,13 +259,15 @@ def backward(
     sources = [Source(x, None), *map(Source, raws, norms[:last])]
     shortcut = Shortcut()
     if spec.from_x and needs.x and spec.shortcut_scale != 0:
-        shortcut = Shortcut(dy, mask, spec.shortcut_scale, spec.padded if spec.shortcut == "padded" else None)
+        concat, padded = spec.shortcut == "concat", spec.shortcut in ("padded", "concat")
+        shortcut = Shortcut(dy, None if concat else mask, spec.shortcut_scale, spec.padded if padded else None)
 
     def wanted(i: int) -> tuple[bool, bool]:
         return i > 0 or needs.x, needs.weights[i]
 
     at = (spec.units[last], params[last], norms[last], ends[0], sources[last])
-    flow, grads = _end_backward(*at, dy, mask, wanted(last), Shortcut() if last else shortcut)
+    before = x.shape[1] if spec.shortcut == "concat" else 0
+    flow, grads = _end_backward(*at, dy, mask, wanted(last), Shortcut() if last else shortcut, before)
     units = [grads]
     for i in reversed(range(last)):
         first = shortcut if i == 0 else Shortcut()
@@ -285,17 +287,25 @@ def backward(
 
 def _end_backward(
     unit: UnitSpec, p: UnitParams, norm: Norm, saved: list[Tensor], source: Source, dy: Tensor, mask: Tensor | None,
-    needs: tuple[bool, bool], shortcut: Shortcut,
+    needs: tuple[bool, bool], shortcut: Shortcut, before: int = 0,
 ) -> tuple[Flow, UnitGrads]:  # fmt: skip
+    """before: how many channels of dy lie in front of the unit's."""
     if unit.plan == "gram":
         return _gram_backward(unit, p, norm, Gram(*saved), source, dy, mask, needs[0], shortcut)
     if not unit.needs_raw:  # given statistics and no gradient for gamma: du = s dz
-        dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)
+        if before:
+            dz, dbeta, _ = _ops.concat_act_backward(dy, mask, None, None, before)
+        else:
+            dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
         flow, dw = _through_conv(unit, p.weight, source, (du, *NO_NORM), needs, shortcut)
         return flow, UnitGrads(dw, torch.zeros_like(norm.scale), dbeta)
     raw = saved[0] if unit.plan == "keep" else _conv(unit, p.weight, source, False)[0]
-    _, dbeta, dzx = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, norm.mean, False)
+    if before:  # a tensor of its own, as the convolution's kernels read it
+        dy, dbeta, dzx = _ops.concat_act_backward(dy, mask, raw, norm.mean, before)
+        mask = None
+    else:
+        _, dbeta, dzx = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, norm.mean, False)
     flow, dw = _conv_backward(unit, p.weight, norm, raw, source, dy, Gate(mask), (dbeta, dzx), needs, shortcut)
     return flow, UnitGrads(dw, norm.rstd * dzx, dbeta)
 

@@ -81,7 +81,8 @@ def _fake_forward(
     for unit, w in zip(spec.units[: spec.chain], weights, strict=False):
         shape = unit.geometry.out_shape(shape, w.shape)
         shapes.append(shape)
-    y_shape = shapes[-1]
+    branch = shapes[-1]
+    y_shape = spec.out_shape(branch, x.shape)
     stats = [
         x.new_empty((w.shape[0],), dtype=acc)
         for unit, w in zip(spec.units, weights, strict=True)
@@ -96,9 +97,9 @@ def _fake_forward(
             if unit.plan == "gram":
                 saved += [x.new_empty(s, dtype=acc) for s in ((c,), (c,), (c, c))]
             elif block.saved_count(unit):
-                saved.append(empty_nhwc(x, y_shape))
+                saved.append(empty_nhwc(x, branch))
         if relu:
-            n, k, p, q = y_shape
+            n, k, p, q = branch
             saved.append(x.new_empty(mask_shape(k, n * p * q), dtype=torch.int32))
     return [empty_nhwc(x, y_shape), *stats, *saved]
 
