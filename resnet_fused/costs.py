@@ -184,25 +184,70 @@ def _tile(step: Step) -> tuple[int, int, int]:
     return m, n, k
 
 
+def _up(size: int, unit: int) -> int:
+    """The next multiple."""
+    return math.ceil(size / unit) * unit
+
+
 def executed_flops(op: str, problem: Problem, step: Step) -> int:
-    """What the tensor cores multiply for a 1x1 convolution's product: whole tiles."""
-    if not flops_of(op, problem) or op.startswith("conv2d"):
-        return flops_of(op, problem)
+    """What the tensor cores multiply for a convolution's product: whole tiles."""
+    if not flops_of(op, problem):
+        return 0
+    if op.startswith("conv2d"):
+        return _executed_taps(op, problem, step)
     s, (m, n, k) = sizes_of(problem), _tile(step)
-
-    def up(size: int, unit: int) -> int:
-        return math.ceil(size / unit) * unit
-
     if op in ("conv1x1_wgrad", "gram"):
         sums = "gram" in step.symbol or "masked" in step.symbol  # of rows: eight columns of ones for each of two warps
-        return 2 * step.grid[0] * m * (n + 16 * sums) * up(s["s"], k)
+        return 2 * step.grid[0] * m * (n + 16 * sums) * _up(s["s"], k)
     pixels, columns, depths = {
         "conv1x1": (s["s"], s["K"], (s["C"],)),
         "conv1x1_dgrad": (s["s"], s["C"], (s["K"],)),
         "expand": (s["p"], s["K"], (s["C"], s["D"])),
         "expand_dgrad": (s["s"], s["C"], (s["K"], s["C"])),
     }[op]
-    return 2 * up(pixels, m) * up(columns, n) * sum(up(depth, k) for depth in depths)
+    return 2 * _up(pixels, m) * _up(columns, n) * sum(up(depth, k) for depth in depths)
+
+
+def _executed_taps(op: str, problem: Problem, step: Step) -> int:
+    """Of a k x k convolution: see csrc/gemm/taps.h and wgrad.h."""
+    s, given = sizes_of(problem), {name: v for name, v in problem.items() if isinstance(v, int)}
+    if s["C"] % 8:  # of few channels: a pixel padded to 4 or 8 of them; see csrc/conv2d/conv2d_few.h
+        pad = 4 if s["C"] <= 4 else 8
+        if op == "conv2d_wgrad":
+            return 2 * _up(s["o"], 64) * _up(s["K"], 64) * (256 if pad == 4 else 448)
+        return 2 * _up(s["o"], 128) * _up(s["K"], 64) * s["R"] * _up(s["S"] * pad, 16)
+    m, n, k = _tile(step)
+    groups = given["groups"]
+    if op == "conv2d_wgrad":  # tiles of c and k over pixels; a tile of k may reach into several groups
+        group_k, own = s["K"] // groups, range(0, s["K"], n)
+        spans = [(min(at + n, s["K"]) - 1) // group_k - at // group_k + 1 for at in own]
+        across = max(math.ceil(span * s["G"] / m) for span in spans)
+        return 2 * _up(s["o"], k) * len(own) * n * across * m * s["R"] * s["S"]
+    channels, outputs = (s["K"] // groups, s["G"]) if op == "conv2d_dgrad" else (s["G"], s["K"] // groups)
+    total = 0
+    for at in range(0, outputs * groups, n):
+        span = (min(at + n, outputs * groups) - 1) // outputs - at // outputs + 1
+        total += _up(span * channels, k)
+    return 2 * n * total * sum(taps * _up(pixels, m) for pixels, taps in _phases(op, given, s["o"]))
+
+
+def _phases(op: str, given: Mapping[str, int], outputs: int) -> list[tuple[int, int]]:
+    """(pixels, taps) of each of a dgrad's phases: outputs of one residue modulo the stride."""
+    if op != "conv2d_dgrad":
+        return [(outputs, given["R"] * given["S"])]
+
+    def along(size: str, taps: str, axis: str) -> list[tuple[int, int]]:
+        stride, padding, dilation = (given[f"{name}_{axis}"] for name in ("stride", "padding", "dilation"))
+        return [
+            (
+                math.ceil((given[size] - i) / stride),
+                sum((i + padding - tap * dilation) % stride == 0 for tap in range(given[taps])),
+            )
+            for i in range(min(stride, given[size]))
+        ]
+
+    down, across = along("H", "R", "h"), along("W", "S", "w")
+    return [(given["N"] * p * q, r * t) for p, r in down for q, t in across]
 
 
 # ------------------------------------------------------------------------------------------------- time

@@ -50,6 +50,11 @@ def _emulator() -> Emulator:
     return Emulator(find=find)
 
 
+def emulated_launches() -> list[Any]:
+    """What the last emulated run launched, with what the emulator counted."""
+    return list(_emulator().launches)
+
+
 class Device:
     """Where the ops run."""
 
