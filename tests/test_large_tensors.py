@@ -22,6 +22,7 @@ from ptx import Module, compilers
 from torch import Tensor
 
 from resnet_fused import plans
+from resnet_fused.costs import Buffer, sizes_of
 from resnet_fused.plans import Plan, Step
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -127,6 +128,76 @@ def test_matrix_kernels(gemm: Gemm) -> None:
     if plan.workspace:  # the last tile's sums
         assert of_small["workspace"][-2 * 64 :].any()
         assert same(of_large["workspace"][-2 * 64 :], of_small["workspace"][-2 * 64 :])
+
+
+# ------------------------------------------------------------------------------------------------------- k x k
+
+IMAGE = {"H": 8, "W": 8, "C": 64, "K": 64, "groups": 1, "dtype": torch.bfloat16}
+GEOMETRY = {f"{name}_{axis}": int(name != "padding") for name in ("stride", "dilation", "padding") for axis in "hw"}
+# op: whose last block makes which results of which other buffers
+CONVOLUTIONS = [
+    ("conv2d", "x scale shift weight", "out"),
+    ("conv2d_bn_act", "x scale shift weight out_scale out_shift residual", "y mask"),
+    ("conv2d_dgrad", "dy u mask mean coef_dz coef_x coef_1 weight gate_u gate_scale gate_shift gate_mean", "dx"),
+    ("conv2d_dgrad", "dy u mask mean coef_dz coef_x coef_1 weight addend addend_mask", "dx"),
+    ("conv2d_wgrad", "dy x", "dw"),
+    ("conv2d_wgrad", "dy u mask mean coef_dz coef_x coef_1 x", "dw"),
+]
+
+
+@pytest.mark.parametrize(("op", "inputs", "outputs"), CONVOLUTIONS)
+def test_convolutions(op: str, inputs: str, outputs: str) -> None:
+    """Of 3x3 pixels, and a wgrad of 2x1. The large batch ends with the images of the small one."""
+    torch.manual_seed(0)
+    taps = {"R": 2, "S": 1} if op == "conv2d_wgrad" else {"R": 3, "S": 3}
+    padding = {"padding_h": taps["R"] // 2, "padding_w": taps["S"] // 2}
+    problem = {**IMAGE, **taps, **GEOMETRY, **padding, "tile": 3, "relu": 1}
+    problem = {name: value for name, value in problem.items() if name in fields(op)}
+    if op == "conv2d_wgrad":  # an image of as many rows out as in
+        problem |= {"H": 8, "padding_h": 1, "dilation_h": 2}
+    more = 2**31 // (8 * 8 * 64) + 2
+    results = []
+    given: dict[str, Tensor] = {}
+    for images in (2, more):
+        sizes = {**problem, "N": images}
+        tensors = {}
+        for name in f"{inputs} {outputs}".split():
+            shape, dtype = buffer_shape(op, name, sizes)
+            tensors[name] = reserve(shape, dtype)
+            if name in inputs.split():
+                if images == 2:
+                    given[name] = vector_of(name, shape) if len(shape) == 1 else filled(shape, dtype)
+                tail(tensors[name], given[name]).copy_(given[name])
+        if workspace := plans.plan(op, sizes, 80, addresses(tensors)).workspace:
+            tensors["workspace"] = reserve([workspace], torch.float32)
+        plan = plans.plan(op, sizes, 80, addresses(tensors))
+        assert plan.reason == ""
+        run_last(plan.steps[0], tensors)
+        results.append((tensors, plan))
+    (small, one), (large, many) = results
+    assert max(t.numel() for t in large.values()) > 2**31
+    assert one.steps[0].symbol == many.steps[0].symbol
+    for name in outputs.split():
+        if op == "conv2d_wgrad":
+            assert one.steps[0].grid[1] == 1, "the small problem is one split"
+            assert small["workspace"].any()
+            assert same(large["workspace"][-len(small["workspace"]) :], small["workspace"])
+        else:
+            assert small[name].any()
+            assert same(tail(large[name], small[name]), small[name]), name
+
+
+def buffer_shape(op: str, name: str, problem: dict[str, object]) -> tuple[list[int], torch.dtype]:
+    layout, sizes = Buffer.of(op)[name].layout, sizes_of(problem)
+    shape = [sizes[letter] for letter in layout.strip("#.!")]
+    if layout[0] == "#":
+        return [shape[1] // 32, shape[0]], torch.int32
+    return shape, torch.float32 if len(shape) == 1 else torch.bfloat16
+
+
+def vector_of(name: str, shape: list[int]) -> Tensor:
+    """A batch norm's backward makes 0 of zeros, which add nothing to sums."""
+    return torch.zeros(shape) if name in ("mean", "coef_1") else torch.randn(shape)
 
 
 # ------------------------------------------------------------------------------------------------------ tails
