@@ -205,7 +205,7 @@ def executed_flops(op: str, problem: Problem, step: Step) -> int:
         "expand": (s["p"], s["K"], (s["C"], s["D"])),
         "expand_dgrad": (s["s"], s["C"], (s["K"], s["C"])),
     }[op]
-    return 2 * _up(pixels, m) * _up(columns, n) * sum(up(depth, k) for depth in depths)
+    return 2 * _up(pixels, m) * _up(columns, n) * sum(_up(depth, k) for depth in depths)
 
 
 def _executed_taps(op: str, problem: Problem, step: Step) -> int:

@@ -16,11 +16,11 @@ from torch import Tensor
 from . import reference
 from .checks import DTYPES, broadcasts, check_memory, check_padded, check_preact, check_unit, fallback_reason
 from .ops.aten import Geometry
-from .ops.block import BlockSpec, UnitSpec
 from .ops.layout import Padded, acc_dtype, autocast_type, to_nhwc
 from .ops.pointwise import matrix_kernels_take
 from .ops.preact_block import PreActSpec
 from .ops.residual_block import ResidualBlock, encode
+from .ops.spec import BlockSpec, UnitSpec
 from .planner import plan_units, special_shortcut
 from .recorder import record
 
@@ -125,7 +125,7 @@ def residual_block(
 
 
 def _kind(shortcut: object) -> str:
-    """The shortcut's kind, one of `ops.block.SHORTCUTS`."""
+    """The shortcut's kind, one of `ops.spec.SHORTCUTS`."""
     if isinstance(shortcut, Tensor):
         return "residual"
     if isinstance(shortcut, ConvBN):

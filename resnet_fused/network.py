@@ -27,8 +27,8 @@ from .counting import Moved, counting
 from .data import require
 from .functional import Memory
 from .measure import keeping
-from .ops.block import BlockSpec
 from .ops.pointwise import as_on_a_gpu
+from .ops.spec import BlockSpec
 from .recorder import Call, recording
 from .traffic import Bytes, block_sizes, compile_bytes, compiled_stem
 

@@ -20,7 +20,7 @@ import math
 from typing import Any, NamedTuple
 
 from .ops import kernel_block
-from .ops.block import BlockSpec
+from .ops.spec import BlockSpec
 
 
 class Bytes(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Observed, assert_agrees, observe_module, randomise
+from conftest import Observed, assert_agrees, observe_module, randomise, relative_error
 from device import DEVICES, Device
 from op_cases import activation, nhwc
 from test_device import block
@@ -20,6 +20,7 @@ from torchvision.models import resnet as torchvision_resnet
 import resnet_fused as rf
 from resnet_fused import functional
 from resnet_fused.ops.gram_form import Gram, conv_stats, sample_center
+from resnet_fused.recorder import recording
 
 ops = torch.ops.resnet_fused
 HALVES = [torch.bfloat16, torch.float16]
@@ -228,3 +229,15 @@ def test_variance_from_the_gram_matrix(dtype: torch.dtype, ratio: float, correla
     weight = torch.randn(48, c, 1, 1)
     weight[:16] -= weight[:16].mean(1, keepdim=True)  # orthogonal to what the channels have in common
     assert variance_error(nhwc(x.to(dtype)), weight.to(dtype), device) < 1e-3
+
+
+def test_a_graph_that_was_planned_on_a_cpu(device: Device) -> None:
+    """Of 12 channels the CPU makes a Gram matrix, the kernels do not."""
+    block = randomise(rf.Bottleneck(48, 12)).bfloat16()
+    x = activation(2, 48, 6, 5, torch.bfloat16)
+    with torch.no_grad(), recording() as calls:
+        want = copy.deepcopy(block)(x)
+        program = torch.export.export(block, (x,)).module()
+    assert calls[0].spec.units[-1].plan == "gram"
+    with torch.no_grad():
+        assert relative_error(device.run(program, x), want) < 1e-2

@@ -223,7 +223,8 @@ def test_any_low_precision_block_runs_as_eager_does(case: Case, dtype: torch.dty
     dy = torch.randn(reference.residual_block(case.x, case.map(torch.clone).units, case.shortcut).shape)
     fused, eager = case.observe("fused", dy), case.observe("eager", dy)
     assert {n: (t.shape, t.dtype) for n, t in fused.items()} == {n: (t.shape, t.dtype) for n, t in eager.items()}
-    assert all(torch.isfinite(t).all() == torch.isfinite(eager[n]).all() for n, t in fused.items())
+    # One way: eager's gradient of a bias now and then comes out of oneDNN as what was in memory.
+    assert all(torch.isfinite(t).all() or not torch.isfinite(eager[n]).all() for n, t in fused.items())
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

@@ -23,23 +23,13 @@ import torch
 from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
-from .block import (
-    BlockGrads,
-    BlockSpec,
-    Needs,
-    Norm,
-    UnitGrads,
-    UnitParams,
-    UnitSpec,
-    add_shortcut,
-    raw_stats,
-    split_end_saved,
-)  # fmt: skip
+from .block import BlockGrads, Needs, UnitGrads, add_shortcut, raw_stats, split_end_saved
 from .conv2d import encoded
 from .gram_form import Gram, conv_stats, sample_center
 from .layout import Padded, to_nhwc
 from .pointwise import masked, matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, is_pointwise, route_of
+from .spec import BlockSpec, Norm, UnitParams, UnitSpec
 
 _ops = torch.ops.resnet_fused
 Pair = tuple[Tensor | None, Tensor | None]
@@ -98,6 +88,8 @@ def serves(params: list[UnitParams], spec: BlockSpec, *activations: Tensor | Non
     if any(t.data_ptr() % 16 for t in (*activations, *(p.weight for p in params)) if t is not None):
         return False  # a view into something: the kernels read 16 bytes at a time
     weights = [p.weight for p in params]
+    if any(u.plan == "gram" and any(n % 8 for n in w.shape[:2]) for u, w in zip(spec.units, weights, strict=True)):
+        return False  # planned for a CPU
     return any(own.kernel != "aten" for own in routes_of(spec, weights, tuple(x.shape), x.dtype, arch_of(x)))
 
 

@@ -3,7 +3,7 @@
 Their schemas are flat, so that they trace, export and compile as one node each:
 
     geometry  10 integers a unit: stride, padding, dilation (2 each), groups, batch_stats, plan (index into
-              block.PLANS), track_gamma; behind them a padded shortcut's stride and channels in front
+              spec.PLANS), track_gamma; behind them a padded shortcut's stride and channels in front
     stats     (mean, var) of every unit that normalises with the batch's statistics, in the units' order
     saved     see block.py; the fake below lists it shape by shape
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 from . import block, kernel_block
 from .aten import Geometry
 from .autograd import forbid_gradients
-from .block import PLANS, BlockSpec, UnitParams, UnitSpec
 from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, mask_shape, to_nhwc
+from .spec import PLANS, BlockSpec, UnitParams, UnitSpec
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _CONFIG = "int[] geometry, float[] eps, str shortcut, bool relu, float shortcut_scale"

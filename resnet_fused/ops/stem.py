@@ -27,11 +27,11 @@ from torch import Tensor
 from .. import plans
 from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
-from .block import Norm
 from .bn_act_pool import Pool, pooled_size
 from .conv2d import encoded
 from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
+from .spec import Norm
 
 _ops = torch.ops.resnet_fused
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
