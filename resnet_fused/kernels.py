@@ -193,7 +193,13 @@ def _compile(nvcc: Path, cuobjdump: Path, source: str, arch: str) -> list[Kernel
         report = _output([nvcc, *flags, "-cubin", CSRC / source, "-o", cubin])
         ptx = (Path(folder) / Path(source).with_suffix(".ptx").name).read_text()
         code = _output([cuobjdump, "-sass", cubin])
-    threads = {name: _product(dims) for name, dims in re.findall(r"\.entry (\w+)\([^{]*?\.maxntid ([\d, ]+)", ptx)}
+    return read(source, arch, report, ptx, code)
+
+
+def read(source: str, arch: str, report: str, ptx: str, code: str) -> list[Kernel]:
+    """The kernels of a file from what ptxas -v reports, their PTX, and their code as cuobjdump -sass prints it."""
+    sizes = re.findall(r"\.entry (\w+)\([^{]*?\.(?:max|req)ntid ([\d, ]+)", ptx)
+    threads = {name: _product(dims) for name, dims in sizes}
     parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)
     machine_code = {
         name: [(int(address, 16), opcode, operands) for address, opcode, operands in _INSTRUCTION.findall(body)]

@@ -1,5 +1,8 @@
 """The `device` fixture: cpu, emulated (the CUDA kernels on the PTX emulator, with CPU tensors) and, with a GPU, cuda.
 
+Beside those, for ops that have a Triton kernel: interpreted, triton-sm_80, triton-sm_90 (its PTX for those on the
+emulator) and, with a GPU, triton-cuda.
+
 def test_bn_stats(device):
     mean, var = device.run(torch.ops.resnet_fused.bn_stats, x)
 """
@@ -18,12 +21,14 @@ import torch
 from torch import nn
 
 from resnet_fused import plans
+from resnet_fused.triton import launch as triton_launch
 
 if TYPE_CHECKING:
     from ptx.launcher import Emulator
 
 CSRC = Path(__file__).parents[1] / "csrc"
 DEVICES = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+COMPILED_TRITON = ["triton-sm_80", "triton-sm_90", *(["triton-cuda"] if torch.cuda.is_available() else [])]
 
 
 def kernel_source(symbol: str) -> Path:
@@ -60,7 +65,7 @@ class Device:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.type = "cuda" if name == "cuda" else "cpu"  # of its tensors
+        self.type = "cuda" if name.endswith("cuda") else "cpu"  # of its tensors
         self.symbols: list[str] = []  # the kernels of the last run, if emulated
 
     def run(self, f: Callable[..., Any], *arguments: Any, seed: int = 0) -> Any:
@@ -85,8 +90,28 @@ class Device:
                 yield
             self.symbols = [launch.symbol for launch in emulator.launches]
             assert self.symbols, "no kernel was launched"
+        elif self.name.startswith(("triton", "interpreted")):
+            with self._triton(seed):
+                yield
         else:
             yield
+
+    @contextmanager
+    def _triton(self, seed: int) -> Iterator[None]:
+        from triton_launchers import ByTriton, TritonEmulator, interpreted  # not earlier: it imports Triton
+
+        if self.name == "triton-cuda":
+            with ByTriton():
+                yield
+        elif self.name == "interpreted":
+            with interpreted(), ByTriton():
+                yield
+        else:
+            emulator = TritonEmulator(int(self.name.removeprefix("triton-sm_")), seed)
+            with triton_launch.launcher(emulator), ByTriton():
+                yield
+            self.symbols = [launch.symbol for launch in emulator.launches]
+            assert self.symbols, "no kernel was launched"
 
 
 @contextmanager

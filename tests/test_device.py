@@ -80,17 +80,17 @@ def backward_apply(dy, mask, x, scale, shift, mean, coef_dz, coef_x, coef_1) -> 
     return ((columns(coef_dz) * dz + columns(coef_x) * (x - columns(mean)) + columns(coef_1)).to(x.dtype),)
 
 
-def pool(x, scale, shift, dy) -> tuple[Tensor, ...]:
+def pool(x, scale, shift, dy, window: tuple[int, int, int] = WINDOW) -> tuple[Tensor, ...]:
     """The pooled activation, and the gradient of what was pooled."""
     a = F.relu(columns(scale) * x + columns(shift)).requires_grad_()
-    y = F.max_pool2d(a, *WINDOW)
+    y = F.max_pool2d(a, *window)
     (da,) = torch.autograd.grad(y, a, dy.to(y.dtype))
     return y.detach().to(x.dtype), da.to(x.dtype)
 
 
-def fused_pool(x, scale, shift, dy) -> tuple[Tensor, ...]:
-    y, argmax = ops.bn_act_pool(x, scale, shift, *WINDOW)
-    return y, ops.bn_act_pool_backward(dy, argmax, *x.shape[2:], *WINDOW)
+def fused_pool(x, scale, shift, dy, window: tuple[int, int, int] = WINDOW) -> tuple[Tensor, ...]:
+    y, argmax = ops.bn_act_pool(x, scale, shift, *window)
+    return y, ops.bn_act_pool_backward(dy, argmax, *x.shape[2:], *window)
 
 
 def with_bits(f: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -161,6 +161,10 @@ def named(results: tuple[Tensor, ...]) -> Observed:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_op(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> None:
+    check_op(op, shape, dtype, device)
+
+
+def check_op(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> None:
     draws = []
     for seed in SEEDS:
         torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 importlib.import_module("resnet_fused._C")  # registers the schemas and kernels that the imports below build on
+importlib.import_module("resnet_fused.triton")  # and those of the Triton kernels, without importing Triton
 
 from . import (  # noqa: E402
     add_stats,

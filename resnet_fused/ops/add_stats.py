@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import fake
+from .autograd import differentiable, fake
 from .layout import acc_dtype
 
 
@@ -21,7 +21,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(u, scale, y, mean)
 
 
-def _backward(ctx, dy: Tensor, dmean: Tensor, dvar: Tensor):
+def _backward(ops, ctx, dy: Tensor, dmean: Tensor, dvar: Tensor):
     """d mean/dy = 1/M, d var/dy = 2 (y - mean)/M."""
     u, scale, y, mean = ctx.saved_tensors
     pixels = y.numel() // y.shape[1]
@@ -34,4 +34,4 @@ def _backward(ctx, dy: Tensor, dmean: Tensor, dvar: Tensor):
     return dz, (wide * scale.view(per_channel)).to(u.dtype), (wide * u).sum((0, 2, 3)), wide.sum((0, 2, 3))
 
 
-torch.library.register_autograd("resnet_fused::add_stats", _backward, setup_context=_setup)
+differentiable("add_stats", _backward, _setup)

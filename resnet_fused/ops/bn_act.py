@@ -13,10 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import fake, forbid_gradients
+from .autograd import differentiable, fake, forbid_gradients
 from .layout import Padded, acc_dtype, mask_shape
-
-_ops = torch.ops.resnet_fused
 
 
 def _empty_mask(x: Tensor) -> Tensor:
@@ -63,15 +61,15 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, scale, residual, residual_scale, mask if save_mask else (y if relu else None))
 
 
-def _backward(ctx, dy: Tensor, _dmask: Tensor):
+def _backward(ops, ctx, dy: Tensor, _dmask: Tensor):
     x, scale, residual, residual_scale, gate = ctx.saved_tensors
     dy = dy.contiguous(memory_format=torch.channels_last)
-    mask = gate if ctx.saved_mask or gate is None else _ops.relu_mask(gate)
+    mask = gate if ctx.saved_mask or gate is None else ops.relu_mask(gate)
     zero = torch.zeros_like(scale)
-    dz, dshift, dscale = _ops.bn_act_backward_reduce(dy, mask, x, None, None, zero, True)
+    dz, dshift, dscale = ops.bn_act_backward_reduce(dy, mask, x, None, None, zero, True)
 
     def scaled(by: Tensor) -> Tensor:
-        return _ops.bn_act(dz, by, zero, None, None, None, False, False)[0]
+        return ops.bn_act(dz, by, zero, None, None, None, False, False)[0]
 
     dresidual = dresidual_scale = None
     if residual is not None:
@@ -80,9 +78,9 @@ def _backward(ctx, dy: Tensor, _dmask: Tensor):
             dresidual = ctx.padded.adjoint(dresidual, torch.zeros_like(residual))
             residual = ctx.padded(residual, x.shape[1]).contiguous(memory_format=torch.channels_last)
         if residual_scale is not None:
-            dresidual_scale = _ops.bn_act_backward_reduce(dz, None, residual, None, None, zero, False)[2]
+            dresidual_scale = ops.bn_act_backward_reduce(dz, None, residual, None, None, zero, False)[2]
     dresidual_shift = None if residual_scale is None else dshift.clone()
     return scaled(scale), dscale, dshift, dresidual, dresidual_scale, dresidual_shift, None, None, None, None
 
 
-torch.library.register_autograd("resnet_fused::bn_act", _backward, setup_context=_setup)
+differentiable("bn_act", _backward, _setup)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import fake, forbid_gradients
+from .autograd import differentiable, fake, forbid_gradients
 from .layout import empty_nhwc, to_nhwc
 
 _ops = torch.ops.resnet_fused
@@ -91,13 +91,13 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, scale, shift, output[1])
 
 
-def _backward(ctx, dy: Tensor, _dargmax: Tensor):
+def _backward(ops, ctx, dy: Tensor, _dargmax: Tensor):
     x, scale, shift, argmax = ctx.saved_tensors
-    da = _ops.bn_act_pool_backward(to_nhwc(dy), argmax, x.shape[2], x.shape[3], *ctx.pool)
+    da = ops.bn_act_pool_backward(to_nhwc(dy), argmax, x.shape[2], x.shape[3], *ctx.pool)
     zero = torch.zeros_like(scale)
-    _, dshift, dscale = _ops.bn_act_backward_reduce(da, None, x, scale, shift, zero, False)
-    dx = _ops.bn_act_backward_apply(da, None, x, scale, shift, zero, scale, zero, zero)
+    _, dshift, dscale = ops.bn_act_backward_reduce(da, None, x, scale, shift, zero, False)
+    dx = ops.bn_act_backward_apply(da, None, x, scale, shift, zero, scale, zero, zero)
     return dx, dscale, dshift, None, None, None
 
 
-torch.library.register_autograd("resnet_fused::bn_act_pool", _backward, setup_context=_setup)
+differentiable("bn_act_pool", _backward, _setup)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .autograd import fake
+from .autograd import differentiable, fake
 from .layout import acc_dtype
 
 
@@ -19,7 +18,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], output[0])
 
 
-def _backward(ctx, dmean: Tensor, dvar: Tensor) -> Tensor:
+def _backward(ops, ctx, dmean: Tensor, dvar: Tensor) -> Tensor:
     """d mean/dx = 1/M, d var/dx = 2 (x - mean)/M."""
     x, mean = ctx.saved_tensors
     pixels = x.numel() // x.shape[1]
@@ -28,4 +27,4 @@ def _backward(ctx, dmean: Tensor, dvar: Tensor) -> Tensor:
     return ((dmean.view(per_channel) + 2 * dvar.view(per_channel) * centred) / pixels).to(x.dtype)
 
 
-torch.library.register_autograd("resnet_fused::bn_stats", _backward, setup_context=_setup)
+differentiable("bn_stats", _backward, _setup)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import fake, forbid_gradients
+from .autograd import differentiable, fake, forbid_gradients
 from .layout import mask_shape, to_nhwc
-
-_ops = torch.ops.resnet_fused
 
 
 @fake("gate_act")
@@ -34,10 +32,10 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(v, x, f, mask if save_mask else (y if relu else None))
 
 
-def _backward(ctx, dy: Tensor, _dmask: Tensor):
+def _backward(ops, ctx, dy: Tensor, _dmask: Tensor):
     v, x, f, gate = ctx.saved_tensors
-    mask = gate if ctx.saved_mask or gate is None else _ops.relu_mask(gate)
-    return *_ops.gate_act_backward(to_nhwc(dy), mask, v, x, f), None, None
+    mask = gate if ctx.saved_mask or gate is None else ops.relu_mask(gate)
+    return *ops.gate_act_backward(to_nhwc(dy), mask, v, x, f), None, None
 
 
-torch.library.register_autograd("resnet_fused::gate_act", _backward, setup_context=_setup)
+differentiable("gate_act", _backward, _setup)

@@ -118,12 +118,12 @@ def scattered(dx: Tensor, height: int, width: int, stride: int) -> Tensor:
 class Checks:
     """The checks of a call, as the C++ functions make them: see csrc/common/checks.h."""
 
-    def __init__(self, op: str, name: str, x: Tensor) -> None:
-        """x is an activation, whose dtype is that of the others."""
-        self._op, self._dtype, self._origin = op, x.dtype, f"({name} is {_name(x.dtype)})"
-        self.require(
-            x.dtype in _DTYPES, f"{name} has dtype {_name(x.dtype)}, expected float32, bfloat16, float16 or float64"
-        )
+    def __init__(self, op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> None:
+        """x is an activation of one of `dtypes`; its dtype and device are those of the others."""
+        self._op, self._dtype, self._device, self._main = op, x.dtype, x.device, name
+        self._origin = f"({name} is {_name(x.dtype)})"
+        *most, last = map(_name, dtypes)
+        self.require(x.dtype in dtypes, f"{name} has dtype {_name(x.dtype)}, expected {', '.join(most)} or {last}")
         self.activation(name, x)
 
     def require(self, ok: bool, message: str) -> None:
@@ -138,6 +138,9 @@ class Checks:
         )
         expected = ", ".join(map(str, shape))
         self.require(fits, f"{name} has shape {list(t.shape)}, expected [{expected}]")
+        self.require(
+            t.device == self._device, f"{name} is on {t.device}, expected {self._device} (that of {self._main})"
+        )
 
     def tensor(self, name: str, t: Tensor, *shape: int | str) -> None:
         """Of the call's dtype and a shape, in which a letter stands for any size from 1."""
@@ -187,6 +190,11 @@ class Checks:
             n, c, h, w = shape
             self._tensor(name, t, torch.int32, mask_shape(c, n * h * w))
             self.contiguous(name, t)
+
+    def winners(self, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+        """The argmax of a pool, laid out like its output [N, C, H, W]."""
+        self._tensor(name, t, torch.int8, tuple(shape))
+        self.dense(name, t)
 
     def dgrad_end(
         self, shape: tuple[int, ...], addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, stride=0, offset=0

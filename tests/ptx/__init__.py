@@ -145,6 +145,7 @@ class Module:
         check_uninitialized: bool = True,
         threads: int | None = None,
         max_instructions: int = 1 << 27,
+        allow_same_values: bool = False,
         ctas: Sequence[int] = (),
     ) -> Stats:
         """Runs the whole grid on host memory; raises Fault at the first thing that goes wrong.
@@ -153,7 +154,8 @@ class Module:
         kernel has are filled up with zeros. The kernel may touch the bytes of the tensors among args, outputs and
         buffers, and nothing else; a buffer may also be (address, bytes). What is in `outputs` must be written in full.
         seed: of the order in which warps run. smem: dynamic shared memory in bytes. ctas: only these blocks, by their
-        number x + grid[0] * (y + grid[1] * z): for grids too large to be run as a whole.
+        number x + grid[0] * (y + grid[1] * z): for grids too large to be run as a whole. allow_same_values: it is no
+        race if warps write to shared memory what is there already; in Triton they do, where a layout repeats elements.
         """
         grid, block = _three(grid), _three(block)
         self._check_limits(symbol, block, smem)
@@ -184,6 +186,7 @@ class Module:
             check_uninitialized,
             threads or os.cpu_count() or 1,
             max_instructions,
+            allow_same_values,
             list(ctas),
         )
         if fault is not None:

@@ -115,6 +115,8 @@ void count_shared(Warp& w, Mask m, const uint64_t (&address)[kLanes], int bytes)
 
 namespace {
 
+constexpr int kMostBytes = 32;  // of one lane's store
+
 void count(Warp& w, const Instr& i, Mask m, const uint64_t (&address)[kLanes], int bytes, Access access) {
   const Space s = i.space != Space::generic ? i.space : space_of(address[__builtin_ctz(m)]);
   if (s == Space::global) count_global(w, m, address, bytes, access);
@@ -149,12 +151,18 @@ void store(Warp& w, const Instr& i, Mask m) {
   addresses(w, i, m, address);
   const int bytes = i.bytes * static_cast<int>(i.list.size());
   each(m, [&](int l) {
-    uint8_t* p = reach(w, l, i.space, address[l], bytes, bytes, Access::write, i.strong);
+    uint8_t data[kMostBytes];
+    uint8_t* end = data;
     for (uint32_t reg : i.list) {
       const uint64_t v = w.get(reg, i.element_width, l);
-      std::memcpy(p, &v, i.bytes);
-      p += i.bytes;
+      std::memcpy(end, &v, i.bytes);
+      end += i.bytes;
     }
+    const Space space = i.space == Space::generic ? space_of(address[l]) : i.space;
+    const bool repeats =
+        space == Space::shared && w.cta->shared.holds(within(space, address[l]), bytes, data);
+    const Access access = repeats ? Access::rewrite : Access::write;
+    std::memcpy(reach(w, l, i.space, address[l], bytes, bytes, access, i.strong), data, bytes);
   });
   count(w, i, m, address, bytes, Access::write);
 }

@@ -66,9 +66,9 @@ py::dict counters(const ptx::Grid& grid, const ptx::Counters& c) {
 py::object launch(ptx::Module& module, const std::string& symbol, std::array<uint32_t, 3> grid_size,
                   std::array<uint32_t, 3> block, uint32_t smem, py::bytes params,
                   const std::vector<BufferSpec>& buffers, uint64_t seed, bool race_check, bool uninitialized,
-                  int threads, uint64_t limit, const std::vector<uint32_t>& ctas) {
+                  int threads, uint64_t limit, bool same_values, const std::vector<uint32_t>& ctas) {
   const std::string packed = params;
-  ptx::Options options{seed, race_check, uninitialized, threads, limit, ctas};
+  ptx::Options options{seed, race_check, uninitialized, threads, limit, same_values, ctas};
   const ptx::Kernel& kernel = module.kernel(symbol);
   ptx::Grid grid{kernel, grid_size, block, smem, {packed.begin(), packed.end()}, options, {}, {}};
   bool must_write = false;

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from .build import cache_dir
 
@@ -90,3 +91,22 @@ def triton(fn, signature: dict[str, str], constants: dict, cc: int = 80, divisib
     full = {name: "constexpr" if name in constants else signature[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     return tt.compile(ASTSource(fn, full, constants, attributes), target=GPUTarget("cuda", cc, 32), options=options)
+
+
+def triton_launch(kernel, args, constexprs: Mapping[str, Any], cc: int, **options) -> tuple[Any, list]:
+    """(compiled kernel, its arguments): what Triton compiles when this is launched on a GPU, specialised alike.
+
+    options: num_warps and num_stages. Of `args` those are left that are no constants of the compiled kernel.
+    """
+    import triton as tt
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", cc, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, special, given = bind(*args, **constexprs, **options, debug=False, instrumentation_mode="")
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, special, given)
+    compiled = tt.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__)
+    return compiled, [bound[name] for name, kind in signature.items() if kind != "constexpr"]

@@ -151,6 +151,7 @@ struct Options {
   bool check_uninitialized = true;
   int threads = 2;
   uint64_t max_instructions = uint64_t{1} << 27;  // of the warps of one CTA
+  bool allow_same_values = false;                 // written to shared memory by several warps
   std::vector<uint32_t> ctas;                     // their numbers in the grid; none: all
 };
 

@@ -102,17 +102,18 @@ std::string GlobalMemory::describe(uintptr_t address) const {
   return std::to_string(address - nearest->begin) + " bytes into " + name;
 }
 
-void SharedMemory::reset(uint32_t bytes, int warps, bool races, bool uninitialized) {
+void SharedMemory::reset(uint32_t bytes, int warps, const Options& options) {
   size_ = bytes;
   warps_ = warps;
-  races_ = races;
-  uninitialized_ = uninitialized;
+  races_ = options.race_check;
+  uninitialized_ = options.check_uninitialized;
+  same_values_ = options.allow_same_values;
   data_.assign(bytes + 16, 0xff);  // a NaN in every float format
   state_.assign(bytes, 0);
   held_.assign(bytes, 0);
   writer_.assign(bytes, 0);
   write_time_.assign(bytes, 0);
-  read_time_.assign(races ? size_t{bytes} * warps : 0, 0);
+  read_time_.assign(races_ ? size_t{bytes} * warps : 0, 0);
 }
 
 void SharedMemory::check_bounds(const Warp& w, int lane, uint32_t address, int bytes, int align) const {
@@ -139,8 +140,8 @@ void SharedMemory::check_order(const Warp& w, int lane, uint32_t address, int by
       fault(w, lane, "uninitialized", "reads shared memory that was never written", address);
     if (!races_) continue;
     const int writer = writer_[i];
-    const bool both_atomic = access == Access::atomic && (state_[i] & kAtomic);
-    if (write_time_[i] > w.clocks.seen[writer] && writer != w.index && !both_atomic)
+    const bool allowed = access == Access::rewrite || (access == Access::atomic && (state_[i] & kAtomic));
+    if (write_time_[i] > w.clocks.seen[writer] && writer != w.index && !allowed)
       fault(w, lane, "race",
             std::string(access == Access::read ? "reads" : "writes") + " shared memory that warp " +
                 std::to_string(writer) + " wrote, with no barrier in between",
@@ -168,6 +169,11 @@ void SharedMemory::record(const Warp& w, uint32_t at, int bytes, Access access) 
   std::fill_n(&state_[at], bytes, access == Access::atomic ? kWritten | kAtomic : kWritten);
   std::fill_n(&writer_[at], bytes, static_cast<uint8_t>(w.index));
   std::fill_n(&write_time_[at], bytes, now);
+}
+
+bool SharedMemory::holds(uint64_t address, int bytes, const uint8_t* data) const {
+  return same_values_ && address >= kSharedStart && address - kSharedStart + bytes <= size_ &&
+         std::memcmp(&data_[address - kSharedStart], data, bytes) == 0;
 }
 
 uint8_t* SharedMemory::access(const Warp& w, int lane, uint32_t address, int bytes, int align,

@@ -14,6 +14,7 @@
 
 namespace ptx {
 
+struct Options;
 struct Warp;
 
 // Generic addresses: global memory is the host's own; the other spaces have windows far above it.
@@ -24,7 +25,7 @@ constexpr uint32_t kSharedStart =
     1024;  // shared memory starts here: real GPUs keep the first KiB from sm_90 on
 constexpr int kSector = 32;
 
-enum class Access : uint8_t { read, write, atomic };
+enum class Access : uint8_t { read, write, rewrite, atomic };  // rewrite: of what is there already
 enum class Proxy : uint8_t { generic, async };
 
 struct Fault {
@@ -90,10 +91,12 @@ class GlobalMemory {
 // warp has seen the first one's clock since.
 class SharedMemory {
  public:
-  void reset(uint32_t bytes, int warps, bool races, bool uninitialized);
+  void reset(uint32_t bytes, int warps, const Options& options);
   uint32_t size() const { return size_; }
   // Checks an access of a lane and returns the bytes.
   uint8_t* access(const Warp& w, int lane, uint32_t address, int bytes, int align, Access access);
+  // Whether a write of `data` would change nothing, where that is no race.
+  bool holds(uint64_t address, int bytes, const uint8_t* data) const;
   // Asynchronous writers: from start_copy to finish_copy nobody else may touch the bytes.
   void start_copy(const Warp& w, int lane, uint32_t address, int bytes);
   void finish_copy(const Warp& w, int lane, uint32_t address, int bytes, const uint8_t* data,
@@ -111,7 +114,7 @@ class SharedMemory {
 
   uint32_t size_ = 0;
   int warps_ = 0;
-  bool races_ = true, uninitialized_ = true;
+  bool races_ = true, uninitialized_ = true, same_values_ = false;
   std::vector<uint8_t> data_, state_, held_;
   std::vector<uint8_t> writer_;       // the warp that wrote last
   std::vector<uint32_t> write_time_;  // its clock then

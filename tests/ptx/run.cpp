@@ -154,8 +154,7 @@ Cta::Cta(Grid& g, uint32_t id_) : grid(g), id(id_), random(g.options.seed * 0x9e
   position = {id % g.grid[0], id / g.grid[0] % g.grid[1], id / (g.grid[0] * g.grid[1])};
   const uint32_t threads = g.block[0] * g.block[1] * g.block[2];
   warps.resize((threads + kLanes - 1) / kLanes);
-  shared.reset(g.shared_bytes(), static_cast<int>(warps.size()), g.options.race_check,
-               g.options.check_uninitialized);
+  shared.reset(g.shared_bytes(), static_cast<int>(warps.size()), g.options);
   for (size_t i = 0; i < warps.size(); ++i) start(warps[i], *this, static_cast<int>(i), threads);
   counters.executed.resize(g.kernel.code.size());
 }
