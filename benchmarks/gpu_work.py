@@ -11,49 +11,30 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from benchmarks.problems import Problem, capturing, name_of_kernel, name_of_tile
 from benchmarks.shapes import BLOCKS, BlockShape
 from resnet_fused import kernels, plans
 from resnet_fused.plans import Plan
+from resnet_fused.problems import Problem, capturing, name_of_kernel, name_of_tile
 from resnet_fused.recorder import recording
+from resnet_fused.timing import Budget, CudaTimer, Part, Times, interleaved
 from resnet_fused.traffic import Bytes, block_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Part = Callable[[], object]
 BOTTLENECKS = tuple(shape for shape in BLOCKS if shape.kind == "bottleneck")
 ROUNDS = 15
 TILE_ROUNDS = 7
-
-
-@dataclass
-class Budget:
-    """Seconds that a section has."""
-
-    seconds: float
-    clock: Callable[[], float] = time.monotonic
-    started: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.started = self.clock()
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (self.clock() - self.started)
 
 
 class Log:
@@ -75,77 +56,6 @@ class Log:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({"summary": self.summary, "rows": self.rows}))
         partial.replace(self.path)
-
-
-# ------------------------------------------------------------------------------------------------------ timing
-
-
-class Times(NamedTuple):
-    milliseconds: list[float]  # of each part
-    ahead: bool  # whether the host had queued everything before the GPU began: else its own time is in there
-
-
-class CudaTimer:
-    """GPU time of calls, each with a cold L2.
-
-    The GPU spins while the host queues what is timed, so that events see the GPU's own time and not how fast Python
-    launches. How long it has to spin is found out: if the GPU was faster, twice as long.
-    """
-
-    MOST_CYCLES = 1 << 28  # about 0.15 s
-
-    def __init__(self) -> None:
-        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._flush = torch.empty(2 * max(cache, 32 << 20), dtype=torch.int8, device="cuda")
-        self._cycles = 1 << 21
-
-    def __call__(self, parts: Sequence[Part]) -> Times:
-        while True:
-            spans = [(self._mark(), self._mark()) for _ in parts]
-            torch.cuda.synchronize()
-            torch.cuda._sleep(self._cycles)
-            for part, (begin, end) in zip(parts, spans, strict=True):
-                self._flush.zero_()
-                begin.record()
-                part()
-                end.record()
-            ahead = not spans[0][0].query()
-            torch.cuda.synchronize()
-            if ahead or self._cycles >= self.MOST_CYCLES:
-                return Times([begin.elapsed_time(end) for begin, end in spans], ahead)
-            self._cycles *= 2
-
-    @staticmethod
-    def _mark() -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True)
-
-
-def interleaved(
-    calls: dict[str, Sequence[Part]], timer: Callable[[Sequence[Part]], Times], rounds: int, budget: Budget
-) -> dict[str, tuple[list[float], int, bool]]:
-    """By name: the median of each part, how many rounds that is of, and whether the host was always ahead.
-
-    The calls take turns, every other round backwards; at least one round, and no other when the budget is used up.
-    """
-    for parts in calls.values():  # warm up: compile, choose algorithms, fill the allocator
-        for _ in range(3):
-            timer(parts)
-    seen: dict[str, list[Times]] = {name: [] for name in calls}
-    order = list(calls)
-    for round_ in range(rounds):
-        if round_ and budget.left <= 0:
-            break
-        for name in order:
-            seen[name].append(timer(calls[name]))
-        order.reverse()
-    return {
-        name: (
-            [median(part) for part in zip(*(t.milliseconds for t in times), strict=True)],
-            len(times),
-            all(t.ahead for t in times),
-        )
-        for name, times in seen.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ blocks

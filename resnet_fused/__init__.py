@@ -19,6 +19,7 @@ from .gated import GateAct, GatedBlock
 from .inference import optimize_for_inference
 from .preact import PreActBasicBlock, PreActBottleneck, PreActSequential
 from .reference import PaddedShortcut
+from .tune import tune
 
 __version__ = "0.1.0"
 
@@ -43,5 +44,6 @@ __all__ = [
     "models",
     "optimize_for_inference",
     "reference",
+    "tune",
     "unfuse_",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m resnet_fused info | explain | train | eval | demo`.
+"""The command line: `python -m resnet_fused info | explain | tune | train | eval | demo`.
 
 Exit codes: 0 success, 1 failure (one line on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -19,15 +19,19 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from . import __version__, costs, counting, evaluate, kernels, models, network, units
 from .console import explanation_table, make_console, make_table
+from .convert import fuse_
 from .data import mnist_5k
 from .ops.pointwise import as_on_a_gpu
 from .train import RECIPES, SEEDS, DivergenceError, train
+from .tune import ROUNDS, tune
 
 FAILURES = (OSError, ImportError, ValueError, DivergenceError, torch.OutOfMemoryError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,14 +80,33 @@ def explain(args: argparse.Namespace) -> int:
         return _explain_units(args)
     from .explain import explain as explain_model
 
-    device, dtype = _device(args), DTYPES[args.dtype]
-    model = models.create(args.model).to(device, dtype).train(args.training)
-    channels, size = (1, 28) if args.model == "mnist_resnet" else (3, args.size)
-    x = torch.randn(args.batch, channels, size, size, device=device, dtype=dtype)
+    model, x = _model_and_batch(args)
+    model.train(args.training)
     with torch.set_grad_enabled(args.training), as_on_a_gpu() if args.as_on_a_gpu else nullcontext():
         explanation = explain_model(model, x)
     title = f"{args.model}, {'training' if args.training else 'inference'}, {args.dtype}"
     make_console().print(explanation_table(explanation, title))
+    return 0
+
+
+def _model_and_batch(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    device, dtype = _device(args), DTYPES[args.dtype]
+    model = models.create(args.model).to(device, dtype)
+    channels, size = (1, 28) if args.model == "mnist_resnet" else (3, args.size)
+    return model, torch.randn(args.batch, channels, size, size, device=device, dtype=dtype)
+
+
+def tune_command(args: argparse.Namespace) -> int:
+    """Measures who runs each op of a network quickest here, and remembers it."""
+    model, x = _model_and_batch(args)
+    model = model.to(memory_format=torch.channels_last)
+    fuse_(model, args.memory)
+    report = tune(model.train(not args.inference), x, rounds=args.rounds, again=args.again, progress=True)
+    title = f"{args.model}, batch {args.batch}, {args.dtype}: milliseconds, medians of {args.rounds} rounds"
+    _print_table(title, ("problem", "winner", "ms", "runner-up", "ms", ""), report.cells())
+    for problem, reason in report.left_out.items():
+        print(f"left out: {problem}: {reason}")
+    print(f"{len(report.measured)} measured, {len(report.entries)} known, in {report.path}")
     return 0
 
 
@@ -183,6 +206,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--arch", type=int, choices=costs.MACHINES, default=80, help="with --units: its compute capability"
     )
+
+    sub = with_device(command("tune", tune_command))
+    sub.add_argument("--model", choices=models.MODELS, default="resnet50")
+    sub.add_argument("--batch", type=_positive_int, default=32)
+    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32")
+    sub.add_argument("--memory", choices=network.MEMORIES, default="lean")
+    sub.add_argument("--inference", action="store_true", help="forward alone, with given statistics")
+    sub.add_argument("--rounds", type=_positive_int, default=ROUNDS, help="of each measurement (default: %(default)s)")
+    sub.add_argument("--again", action="store_true", help="also what is known already")
 
     sub = with_device(command("train", train_command))
     sub.add_argument("recipe", choices=RECIPES, nargs="?", default="mnist")

@@ -37,6 +37,7 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved = Moved(0, 0)
+        self.convolutions = 0  # bytes of ATen's, each op's tensors once
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "resnet_fused" and func._opname in COMPOSITIONS:
@@ -50,6 +51,7 @@ class Counter(TorchDispatchMode):
             once -= _left_unread(func, args)
             again = sum((times - 1) * _bytes(args[i]) for i, times in _reads(func._opname, args).items())
             self.moved += Moved(once + again, once)
+            self.convolutions += once if func._opname.startswith("convolution") else 0
         return out
 
 

@@ -92,7 +92,7 @@ def explain(model: nn.Module, example_input: Tensor) -> Explanation:
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
     explanation = Explanation()
     with ExitStack() as stack:
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         calls = stack.enter_context(recording())
         for name, module in _watched(model):
             handles = _watch(name, module, calls, explanation)
@@ -172,7 +172,8 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
     projected = spec.shortcut == "projection"
     everything = [*call.units, *([call.shortcut] if projected else [])]
     special = special_shortcut(spec.shortcut, spec.shortcut_scale)
-    reasons = explain_units(call.x_shape, everything, projected, _memory(module), call.dtype, call.kernels, special)
+    asked = (projected, _memory(module), call.dtype, call.kernels, special, call.device)
+    reasons = explain_units(call.x_shape, everything, *asked)
     ends = [reasons[spec.chain - 1], *([reasons[-1]] if projected else [])]
     on_kernels = call.kernels and any(units_on_kernels(call))
     plan = ("cuda: " if on_kernels else "aten: ") + " + ".join(p for p, _ in ends)
@@ -189,7 +190,7 @@ def _memory(module: nn.Module) -> str:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Puts the model's buffers and the random state back."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:

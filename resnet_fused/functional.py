@@ -199,7 +199,8 @@ def _specify(
     special = special_shortcut(kind, scale)
     tensors = [x, residual, *(t for u in units for t in (u.weight, u.gamma, u.beta, u.bias))]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-    plans = plan_units(tuple(x.shape), units, kind == "projection", memory, x.dtype, matrix_kernels_take(x), special)
+    asked = (kind == "projection", memory, x.dtype, matrix_kernels_take(x), special, x.device)
+    plans = plan_units(tuple(x.shape), units, *asked)
     specs = tuple(
         UnitSpec(
             u.geometry,

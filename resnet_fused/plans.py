@@ -204,6 +204,19 @@ def has_cuda() -> bool:
     return bool(_library.resnet_fused_has_cuda())
 
 
+@contextmanager
+def wanted_tile(tile: int) -> Iterator[None]:
+    """Within the block this thread's ops launch kernels with the tile of this number; 0: with their own choice.
+
+    They raise RuntimeError where it does not exist or does not serve.
+    """
+    _library.resnet_fused_want_tile(tile)
+    try:
+        yield
+    finally:
+        _library.resnet_fused_want_tile(0)
+
+
 _replaced = False
 
 

@@ -22,6 +22,7 @@ class Call(NamedTuple):
     spec: object  # the BlockSpec, the stem's Pool, or None where plain PyTorch ran
     reason: str | None  # why plain PyTorch ran
     kernels: bool  # whether the matrix kernels take x
+    device: torch.device
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("resnet_fused_calls", default=None)
@@ -44,4 +45,5 @@ def record(x, units, shortcut, spec, reason: str | None) -> None:
         return
     calls = _calls.get()
     if calls is not None:
-        calls.append(Call(tuple(x.shape), x.dtype, tuple(units), shortcut, spec, reason, matrix_kernels_take(x)))
+        where = (matrix_kernels_take(x), x.device)
+        calls.append(Call(tuple(x.shape), x.dtype, tuple(units), shortcut, spec, reason, *where))

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from device import device as device  # a fixture
 from hypothesis import Phase, settings
 from torch import Tensor, nn
 
-from resnet_fused import functional, reference
+from resnet_fused import functional, reference, tuned
 from resnet_fused.functional import ConvBN
 
 # Reproducible everywhere; a slow machine is no failure; and an example of a few pixels needs no shrinking.
@@ -52,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans do not depend on what somebody has measured on this machine."""
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "tuned"))
+    with tuned.forgotten():
+        yield
 
 
 # ---------------------------------------------------------------------------------------- the tolerance rule

@@ -18,9 +18,9 @@ from conv2d_cases import (
 from device import Device, emulated_launches
 from op_cases import ops
 
-from benchmarks.problems import capturing
 from resnet_fused import plans
 from resnet_fused.costs import costs_of
+from resnet_fused.problems import capturing
 
 SECTOR = 32
 HALF = torch.bfloat16

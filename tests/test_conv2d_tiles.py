@@ -13,8 +13,8 @@ from op_cases import ops, same_bits
 from test_conv2d_costs import CALLS
 from torch import Tensor
 
-from benchmarks.problems import Problem, capturing, name_of_tile
 from resnet_fused import plans
+from resnet_fused.problems import Problem, capturing, name_of_tile
 
 # More than one tile of pixels and of channels; with a stride the large tiles hold the halo of one slice.
 CONVOLUTIONS = [

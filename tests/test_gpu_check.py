@@ -19,10 +19,10 @@ from op_cases import same_bits
 from benchmarks import gpu_check, gpu_work
 from benchmarks.gpu_check import SECTIONS, Check, Finished
 from benchmarks.gpu_work import Budget, CudaTimer, Log, Times
-from benchmarks.problems import Problem, capturing, name_of_kernel, name_of_tile
 from benchmarks.shapes import BlockShape
 from resnet_fused import kernels, plans
 from resnet_fused.ops.pointwise import as_on_a_gpu
+from resnet_fused.problems import Problem, capturing, name_of_kernel, name_of_tile
 
 ROOT = Path(__file__).parents[1]
 SMALL = BlockShape("bottleneck", 40, 8, 2, 7)

@@ -21,11 +21,19 @@ struct HasWorkspace : std::false_type {};
 template <class Problem>
 struct HasWorkspace<Problem, std::void_t<decltype(Problem::workspace)>> : std::true_type {};
 
+template <class Problem, class = void>
+struct HasTile : std::false_type {};
+template <class Problem>
+struct HasTile<Problem, std::void_t<decltype(Problem::tile)>> : std::true_type {};
+
 // Plans the problem and runs it on the device of `like`, from whose allocator the workspace comes.
 template <class Problem>
 void launch(Plan (*plan)(const Problem&, int), Problem problem, const Tensor& like) {
   const int device = like.is_cuda() ? like.get_device_index() : kHost;
   const int arch = device_arch(device);
+  if constexpr (HasTile<Problem>::value) {
+    if (problem.tile == 0) problem.tile = wanted_tile();
+  }
   Plan planned = plan(problem, arch);
   std::optional<Tensor>
       workspace;  // lives until the kernels are on the stream, which is all the allocator asks

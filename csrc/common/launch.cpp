@@ -104,6 +104,7 @@ struct DeviceGuard {
 std::string describe(int error) { return "error " + std::to_string(error); }
 #endif
 
+thread_local int next_tile = 0;
 Launcher launcher = launch_on_cuda;
 
 void start(const Launch& launch, void* stream) {
@@ -130,6 +131,8 @@ void run_steps(const Plan& plan, void* stream) {
 }  // namespace
 
 KernelEntry::KernelEntry(const char* symbol, const void* function) { kernels().emplace(symbol, function); }
+
+int wanted_tile() { return next_tile; }
 
 bool launcher_replaced() { return launcher != launch_on_cuda; }
 
@@ -176,6 +179,8 @@ const char* resnet_fused_launch(const resnet_fused::Launch* launch, int device) 
     return message.c_str();
   }
 }
+
+void resnet_fused_want_tile(int tile) { resnet_fused::next_tile = tile; }
 
 int resnet_fused_has_cuda() {
 #ifdef RESNET_FUSED_CUDA

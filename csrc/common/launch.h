@@ -30,6 +30,9 @@ constexpr int kHost = -1;
 // True while a test's launcher stands in for CUDA's: the ops then take the kernels for CPU tensors too.
 bool launcher_replaced();
 
+// The tile that this thread's next plans are to have, where an op's problem names none; 0: their own choice.
+int wanted_tile();
+
 // Compute capability times ten of a device; 80 for kHost, where only a replaced launcher runs kernels.
 int device_arch(int device);
 
@@ -45,6 +48,8 @@ __attribute__((visibility("default"))) void resnet_fused_set_launcher(resnet_fus
 // One launch on the device's current stream, for tools that run plans of their own; null, or what went wrong.
 __attribute__((visibility("default"))) const char* resnet_fused_launch(const resnet_fused::Launch* launch,
                                                                        int device);
+// What wanted_tile() gives from now on, in this thread.
+__attribute__((visibility("default"))) void resnet_fused_want_tile(int tile);
 // 1 if the extension was built with CUDA kernels.
 __attribute__((visibility("default"))) int resnet_fused_has_cuda();
 }

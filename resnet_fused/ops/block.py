@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from .aten import POINTWISE, Geometry, conv, conv_backward, fused_conv, has_fused_conv
+from .dispatch import ops as _ops
 from .gram_form import Branch, Gram, cancelling, conv_stats, expand, gram_backward, gram_of, output_mean, sample_center
 from .layout import acc_dtype, to_nhwc
 from .spec import BlockSpec, Norm, UnitParams, UnitSpec
-
-_ops = torch.ops.resnet_fused
 
 
 def channels(t: Tensor, rows: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ one needs are parts of the products: csrc/conv1x1/conv1x1.h has the formulas.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .aten import POINTWISE, conv, conv_backward
 from .autograd import fake, forbid_gradients
+from .dispatch import ops as _ops
 from .layout import acc_dtype, empty_nhwc
 from .pointwise import (
     Checks,
@@ -25,8 +25,6 @@ from .pointwise import (
     transposed,
     vector_like,
 )
-
-_ops = torch.ops.resnet_fused
 
 
 @on_cpu("conv1x1")

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
 from .autograd import fake, forbid_gradients
+from .dispatch import ops as _ops
 from .layout import empty_nhwc, mask_shape, to_nhwc
 from .pointwise import Checks, activated, check_backward, dgrad_added, masked, on_cpu, vector_like
-
-_ops = torch.ops.resnet_fused
 
 
 def encoded(g: Geometry) -> list[int]:

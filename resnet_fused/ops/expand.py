@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .aten import POINTWISE, conv
 from .autograd import fake, forbid_gradients
+from .dispatch import ops as _ops
 from .layout import acc_dtype, empty_nhwc, mask_shape
 from .pointwise import Checks, activated, added, geometry, masked, on_cpu, scattered, strided, transposed
-
-_ops = torch.ops.resnet_fused
 
 
 @on_cpu("expand")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .autograd import fake, forbid_gradients
+from .dispatch import ops as _ops
 from .gram_form import gram_of
 from .layout import acc_dtype
 from .pointwise import Checks, activated, on_cpu
-
-_ops = torch.ops.resnet_fused
 
 
 @on_cpu("gram")

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from .aten import POINTWISE, conv, fused_conv, has_fused_conv, matmul_nt, matmul_tn, wgrad1x1
+from .dispatch import ops as _ops
 from .layout import acc_dtype
 
-_ops = torch.ops.resnet_fused
 _CENTER_SAMPLES = 1024  # pixels: any estimate within a few standard deviations of the mean will do
 
 # var(u)_k / D_k below which an output leaves the Gram form. Every error grows as a power of D_k / var(u)_k times the

@@ -25,13 +25,13 @@ from torch import Tensor
 from .aten import Geometry, conv, conv_backward
 from .block import BlockGrads, Needs, UnitGrads, add_shortcut, raw_stats, split_end_saved
 from .conv2d import encoded
+from .dispatch import ops as _ops
 from .gram_form import Gram, conv_stats, sample_center
 from .layout import Padded, to_nhwc
 from .pointwise import masked, matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, is_pointwise, route_of
 from .spec import BlockSpec, Norm, UnitParams, UnitSpec
 
-_ops = torch.ops.resnet_fused
 Pair = tuple[Tensor | None, Tensor | None]
 
 

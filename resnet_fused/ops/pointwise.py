@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import plans
+from .. import backend, plans
+from ..triton import launch as triton_launch
 from .aten import POINTWISE, Geometry
+from .dispatch import COMPOSED
+from .dispatch import ops as _ops
 from .layout import Padded, acc_dtype, empty_nhwc, mask_shape, nhwc_strides
 
 _kernels = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-_ops = torch.ops.resnet_fused
 _LIB = torch.library.Library("resnet_fused", "IMPL")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,14 +43,16 @@ def matrix_kernels_take(x: Tensor) -> bool:
     """Whether activations like x go through the matrix kernels: 16-bit types, on compute capability 8.0 and newer."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
+    if backend.current() == "aten":
+        return False
     if not x.is_cuda:
-        return _as_on_a_gpu or plans.launcher_replaced()
+        return _as_on_a_gpu or plans.launcher_replaced() or triton_launch.launcher_replaced()
     return torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def on_cpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: op `name` on CPU tensors. While a test runs the kernels elsewhere than on a GPU, they are taken."""
-    op = getattr(_ops, name).default
+    op = getattr(torch.ops.resnet_fused, name).default
 
     def register(composed: Callable[..., Any]) -> Callable[..., Any]:
         def call(first: Tensor, *rest: Any) -> Any:
@@ -57,6 +61,7 @@ def on_cpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return composed(first, *rest)
 
         _LIB.impl(name, call, "CPU")
+        COMPOSED[name] = composed
         return composed
 
     return register

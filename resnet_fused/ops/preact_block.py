@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
+from .dispatch import ops as _ops
 from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, route_of
 from .spec import Norm
 
-_ops = torch.ops.resnet_fused
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars, Tensor[] handed"
 _CONFIG = "int[] geometry, float[] eps"

@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import plans
 from .aten import Geometry
 from .conv2d import encoded
+from .dispatch import ops as _ops
 
-_ops = torch.ops.resnet_fused
 NO_NORM = (None,) * 8  # in place of a batch norm's backward, behind dy
 Affine = tuple[Tensor | None, Tensor | None]
 Shape = tuple[int, ...]

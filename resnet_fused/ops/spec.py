@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .aten import Geometry
+from .dispatch import ops as _ops
 from .layout import Padded, acc_dtype
-
-_ops = torch.ops.resnet_fused
 
 SHORTCUTS = ("none", "identity", "residual", "projection", "padded", "concat")
 PLANS = ("keep", "recompute", "gram")

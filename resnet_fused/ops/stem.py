@@ -29,11 +29,11 @@ from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
 from .bn_act_pool import Pool, pooled_size
 from .conv2d import encoded
+from .dispatch import ops as _ops
 from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
 from .spec import Norm
 
-_ops = torch.ops.resnet_fused
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _NORM = "Tensor gamma, Tensor beta, Tensor mean, Tensor var"
 _CONFIG = "float eps, bool batch_stats, int[] geometry, int[] pool"

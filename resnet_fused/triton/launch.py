@@ -40,6 +40,23 @@ def _by_triton(
 
 
 _launcher: Launcher = _by_triton
+_wanted = 0
+
+
+def config_wanted() -> int:
+    """The number, from 1, of the config that products are to run with; 0: their default."""
+    return _wanted
+
+
+@contextmanager
+def wanted_config(number: int) -> Iterator[None]:
+    """Within the block products run with their config of this number; they raise IndexError where it does not exist."""
+    global _wanted
+    before, _wanted = _wanted, number
+    try:
+        yield
+    finally:
+        _wanted = before
 
 
 def launcher_replaced() -> bool:

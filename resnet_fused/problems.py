@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import plans
-from resnet_fused.ops.residual_block import COMPOSITIONS
-from resnet_fused.plans import Plan
+from . import plans
+from .ops.residual_block import COMPOSITIONS
+from .plans import Plan
 
-FIELDS = {op: [name for name, _ in problem._fields_] for op, problem in plans._PROBLEMS.items()}
+FIELDS = {op: [field[0] for field in problem._fields_] for op, problem in plans._PROBLEMS.items()}
 MATRIX_OPS = tuple(op for op, fields in FIELDS.items() if "tile" in fields)
 _GEOMETRY = ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups")
 
@@ -96,14 +96,18 @@ def _sizes(given: dict[str, Any]) -> dict[str, Any]:
     """An op's arguments, and the sizes that a problem has beside them."""
     x, dy, weight, x2 = (given.get(name) for name in ("x", "dy", "weight", "x2"))
     geometry = given.get("geometry")
-    some = dy if x is None else x
+    some: Any = dy if x is None else x
     sizes: dict[str, Any] = {"dtype": some.dtype, "N": some.shape[0]}
     sizes["H"], sizes["W"] = (given["height"], given["width"]) if x is None else x.shape[2:]
-    sizes["C"] = weight.shape[1] * (geometry[6] if geometry else 1) if x is None else x.shape[1]
+    if x is None:
+        assert weight is not None
+        sizes["C"] = weight.shape[1] * (geometry[6] if geometry else 1)
+    else:
+        sizes["C"] = x.shape[1]
     sizes["K"] = dy.shape[1] if dy is not None else weight.shape[0] if weight is not None else 0
     if geometry:
         sizes |= dict(zip(_GEOMETRY, geometry, strict=True))
-        sizes["R"], sizes["S"] = given.get("kernel_size") or weight.shape[2:]
+        sizes["R"], sizes["S"] = given.get("kernel_size") or weight.shape[2:]  # type: ignore[union-attr]
     if x2 is not None:
         sizes["C2"], sizes["H2"], sizes["W2"] = x2.shape[1:]
     return {**given, **sizes}
