@@ -71,6 +71,7 @@ def decide(signature: Signature, device: torch.device | None, arch: int) -> Deci
     return _modelled(signature, arch)
 
 
+@functools.lru_cache(maxsize=4096)
 def _modelled(signature: Signature, arch: int) -> Decision:
     machine = MACHINES[90 if arch >= 90 else 80]
     problem = problem_of(signature)

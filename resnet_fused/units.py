@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import plans
+from .choice import decide
 from .costs import MACHINES, Cost, costs_of
 from .counting import COMPOSITIONS
 from .functional import Memory
 from .network import create, images, stages_of
 from .ops import kernel_block, residual_block
+from .ops.dispatch import COMPOSED
 from .ops.pointwise import as_on_a_gpu
 from .plans import Plan
+from .signature import Signature
 
 _SOMEWHERE = 4096  # an address: plans ask only whether it is one, and aligned
 _GEOMETRY = ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups")
@@ -37,6 +40,7 @@ class Launch:
     problem: dict[str, Any]
     plan: Plan | None  # None: ATen's
     costs: tuple[Cost, ...]  # of its steps
+    auto: str = ""  # what "auto" would choose without a measurement, and the runner-up; empty where there is no choice
 
 
 class Row(NamedTuple):
@@ -73,7 +77,7 @@ class _Tracer(TorchDispatchMode):
                 return COMPOSITIONS[name](*args)
         out = func(*args, **(kwargs or {}))
         if ours:
-            self._add(self._planned(func, given, out), given, out)
+            self._add(self._planned(func, args, given, out), given, out)
         elif name == "convolution":
             out = out.contiguous(memory_format=torch.channels_last)  # which the meta device forgets
             self._add(_aten("fprop", given["input"], given["weight"], out), given, out)
@@ -120,14 +124,15 @@ class _Tracer(TorchDispatchMode):
                 return self._producers[_storage(t)]
         return self._last
 
-    def _planned(self, func: Any, given: dict[str, Any], out: Any) -> Launch:
+    def _planned(self, func: Any, args: Any, given: dict[str, Any], out: Any) -> Launch:
         op, results = func._opname, out if isinstance(out, (tuple, list)) else (out,)
         tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
         names = (r.name or "mask" for r in func._schema.returns)
         tensors |= {name: t for name, t in zip(names, results, strict=True) if t.numel()}
         problem = _problem(op, given, tensors)
         plan = plans.plan(op, problem, self._arch, dict.fromkeys(tensors, _SOMEWHERE))
-        return Launch(op, problem, plan, tuple(costs_of(op, problem, tensors, plan)))
+        auto = str(decide(Signature.of(op, args), None, self._arch)) if op in COMPOSED else ""
+        return Launch(op, problem, plan, tuple(costs_of(op, problem, tensors, plan)), auto)
 
 
 def _storage(t: Tensor) -> int:
@@ -177,7 +182,7 @@ class Trace:
     small: int
     arch: int
 
-    columns = ("unit", "input", "pass", "kernel", "grid", "KiB", "MiB", "GFLOP", "floor, us", "bound")
+    columns = ("unit", "input", "pass", "kernel", "grid", "KiB", "MiB", "GFLOP", "floor, us", "bound", "auto")
 
     def cells(self) -> Iterator[tuple[str, ...]]:
         """Blocks that are alike, one after the other, are one."""
@@ -194,7 +199,7 @@ class Trace:
                 kernel = f"none: {launch.plan.reason}"
             yield (
                 row.unit, row.shape, "backward" if row.backward else "forward", kernel, grid, shared,
-                f"{moved / 2**20:.1f}", f"{flops / 1e9:.1f}", f"{seconds * 1e6:.1f}", bound,
+                f"{moved / 2**20:.1f}", f"{flops / 1e9:.1f}", f"{seconds * 1e6:.1f}", bound, launch.auto,
             )  # fmt: skip
 
     @property

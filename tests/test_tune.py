@@ -172,7 +172,7 @@ def test_tiles_and_backends_are_candidates() -> None:
     names = {problem.split()[0] for problem in report.entries}
     assert {"conv1x1", "conv2d", "conv1x1_dgrad", "conv1x1_wgrad", "conv2d_dgrad", "conv2d_wgrad"} <= names
     for problem, entry in report.entries.items():
-        assert {"aten", "cuda:1", "cuda:2"} <= entry.seconds.keys(), problem
+        assert {"aten", "cuda:2"} < entry.seconds.keys(), problem
         assert entry.winner == "cuda:2"
     assert report.left_out == {}
 
