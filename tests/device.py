@@ -17,12 +17,15 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fused import plans
+from resnet_fused import kernels, plans
 
 if TYPE_CHECKING:
+    from ptx import Module
     from ptx.launcher import Emulator
 
-CSRC = Path(__file__).parents[1] / "csrc"
+# Of tests that look at machine code. Each costs minutes of compilation: by default the one whose PTX the emulator runs,
+# and which has room for every tile.
+ARCHES = [pytest.param(arch, marks=[pytest.mark.slow] * (arch != "sm_80")) for arch in kernels.ARCHES]
 DEVICES = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -30,7 +33,7 @@ def kernel_source(symbol: str) -> Path:
     """The file of csrc/ that defines a kernel: the one whose macros name the longest beginning of its symbol."""
     names = {
         name: path
-        for path in CSRC.rglob("*.cu")
+        for path in kernels.CSRC.rglob("*.cu")
         for name in re.findall(r"^RESNET_FUSED_\w+\((\w+)", path.read_text(), re.MULTILINE)
         if symbol.startswith(name)
     }
@@ -39,15 +42,19 @@ def kernel_source(symbol: str) -> Path:
 
 
 @functools.cache
+def module(source: str) -> Module:
+    """The kernels of a file of csrc/, for the emulator."""
+    from ptx import Module  # not earlier: the emulator compiles itself when it is first imported
+
+    return Module(kernels.ptx(source, "sm_80"))
+
+
+@functools.cache
 def _emulator() -> Emulator:
     """With the kernels of csrc/, compiled as they are launched."""
-    from ptx import compilers  # not earlier: the emulator compiles itself when it is first imported
     from ptx.launcher import Emulator
 
-    def find(symbol: str) -> str:
-        return compilers.nvcc_file(kernel_source(symbol), "sm_80", includes=[CSRC], flags=["-O3"])
-
-    return Emulator(find=find)
+    return Emulator(find=lambda symbol: module(str(kernel_source(symbol).relative_to(kernels.CSRC))))
 
 
 class Device:

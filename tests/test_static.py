@@ -1,5 +1,5 @@
-"""The machine code of every kernel, for three architectures: registers, spills, the width of memory accesses, how many
-blocks a multiprocessor holds, and how much of the matrix kernels' loops the tensor cores have.
+"""The machine code of every kernel: registers, spills, the width of memory accesses, how many blocks a multiprocessor
+holds, and how much of the matrix kernels' loops the tensor cores have. Other architectures than sm_80: `-m slow`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import gemm_cases
 import pytest
 import torch
 import wgrad_cases
+from device import ARCHES
 from gemm_cases import GEMMS, Gemm
 
 from resnet_fused import console, data, kernels, plans
@@ -23,12 +24,12 @@ from resnet_fused.__main__ import main
 from resnet_fused.kernels import Kernel
 from resnet_fused.plans import Plan, Step
 
-UNITS = [(source, arch) for source in kernels.sources() for arch in kernels.ARCHES]
 # Vector variants that write no activation: statistics, and bits.
 WITHOUT_STORES = ("bn_stats", "relu_mask")
 
 
-@pytest.mark.parametrize(("source", "arch"), UNITS)
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("source", kernels.sources())
 def test_machine_code(source: str, arch: str) -> None:
     compiled = kernels.compile_source(source, arch)
     assert compiled
@@ -160,7 +161,7 @@ def versions(gemm: Gemm, arch: str) -> Iterator[tuple[str, Plan, Kernel]]:
             yield tile, plan, machine_code(source, arch)[f"{gemm.name}_{dtype}_{tile}"]
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("gemm", MATRIX_KERNELS, ids=str)
 def test_matrix_kernels(gemm: Gemm, arch: str) -> None:
     for _, _, kernel in versions(gemm, arch):
@@ -181,7 +182,7 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("gemm", MATRIX_KERNELS, ids=str)
 def test_residency(gemm: Gemm, arch: str) -> None:
     """Two blocks of 128 threads or one of 256 on a multiprocessor; a tile too large for that is refused."""
@@ -198,7 +199,7 @@ def test_residency(gemm: Gemm, arch: str) -> None:
         assert kernel.blocks(plan.steps[0].smem) * kernel.threads >= 256, kernel.symbol
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ARCHES[:2])
 @pytest.mark.parametrize("gemm", MATRIX_KERNELS, ids=str)
 def test_shares_of_the_tensor_cores(gemm: Gemm, arch: str) -> None:
     floors = dict(zip(gemm.tiles, SHARES[gemm.name].split(), strict=True))
