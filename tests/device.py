@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from compiled import module
 from torch import nn
 
 from resnet_fused import kernels, plans
 
 if TYPE_CHECKING:
-    from ptx import Module
     from ptx.launcher import Emulator
 
 # Of tests that look at machine code. Each costs minutes of compilation: by default the one whose PTX the emulator runs,
@@ -39,14 +39,6 @@ def kernel_source(symbol: str) -> Path:
     }
     assert names, f"no file defines a kernel {symbol}"
     return names[max(names, key=len)]
-
-
-@functools.cache
-def module(source: str) -> Module:
-    """The kernels of a file of csrc/, for the emulator."""
-    from ptx import Module  # not earlier: the emulator compiles itself when it is first imported
-
-    return Module(kernels.ptx(source, "sm_80"))
 
 
 @functools.cache

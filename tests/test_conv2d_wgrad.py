@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import wgrad_cases
-from device import ARCHES, Device, module
+from compiled import module
+from device import ARCHES, Device
 from op_cases import activation, ops, vector
 from pointwise_cases import Arguments, activated, assert_refused, compare, dtypes, mask_of, scale
 from ptx import Stats

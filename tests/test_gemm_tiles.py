@@ -9,7 +9,7 @@ from __future__ import annotations
 import gemm_cases
 import pytest
 import torch
-from device import module
+from compiled import module
 from gemm_cases import GEMMS, PIXELS_TILES, Gemm
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from device import module
+from compiled import module
 from gemm_cases import DTYPES, GEMMS, Gemm
 from ptx import Stats
 from torch import Tensor

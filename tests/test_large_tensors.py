@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import gemm_cases
 import pytest
 import torch
-from device import Device, module
+from compiled import module
+from device import Device
 from gemm_cases import GEMMS, PIXELS_TILES, Gemm
 from op_cases import activation
 from torch import Tensor
