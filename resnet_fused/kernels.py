@@ -5,11 +5,12 @@
 
 Registers, shared memory and spills are what ptxas reports; instructions and loops are those of the disassembled machine
 code.
-Results are kept under build/, by the hash of all that they depend on.
+PTX and results are kept under build/, by the hash of all that they depend on.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -168,37 +169,68 @@ def sources() -> list[str]:
 
 def compile_source(source: str, arch: str) -> list[Kernel]:
     """The kernels of one file of csrc/."""
-    nvcc, cuobjdump, version = _tools()
-    key = hashlib.sha256("\n".join([source, arch, version, *FLAGS]).encode())
-    key.update(_OWN_SOURCE)
-    for path in (CSRC / source, *sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])):
-        key.update(path.read_bytes())
-    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}.json"
-    if not kept.exists():
-        kernels = _compile(nvcc, cuobjdump, source, arch)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")  # several processes may be at it
-        partial.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
-        partial.replace(kept)
+    text = _kept(source, arch, ".json", lambda: json.dumps([asdict(kernel) for kernel in _compile(source, arch)]))
     return [
         Kernel(**{**fields, "loops": [(tensor, count) for tensor, count in fields["loops"]]})
-        for fields in json.loads(kept.read_text())
+        for fields in json.loads(text)
     ]
 
 
-def _compile(nvcc: Path, cuobjdump: Path, source: str, arch: str) -> list[Kernel]:
+def ptx(source: str, arch: str) -> str:
+    """The PTX of one file of csrc/: the first half of its compilation, and what the tests' emulator runs."""
+
+    def make() -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "kernels.ptx"
+            _output([_tools()[0], *FLAGS, f"-I{CSRC}", f"-arch={arch}", "-ptx", CSRC / source, "-o", out])
+            return out.read_text()
+
+    return _kept(source, arch, ".ptx", make)
+
+
+def _kept(source: str, arch: str, suffix: str, make: Callable[[], str]) -> str:
+    """What `make` makes of a file, once: of several processes that want it one is at it, the others wait."""
+    key = hashlib.sha256("\n".join([source, arch, _tools()[2], *FLAGS]).encode())
+    key.update(_OWN_SOURCE)
+    for path in _with_headers(CSRC / source):
+        key.update(path.read_bytes())
+    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}{suffix}"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.with_suffix(f"{suffix}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                partial = kept.with_suffix(f"{suffix}.partial")
+                partial.write_text(make())
+                partial.replace(kept)
+    return kept.read_text()
+
+
+def _with_headers(path: Path) -> list[Path]:
+    """The file and what it includes of csrc/, directly or not."""
+    found, left = {path}, [path]
+    while left:
+        for name in re.findall(r'#include "([^"]+)"', left.pop().read_text()):
+            new = {header for header in [CSRC / name] if header.exists()} - found
+            found |= new
+            left += new
+    return sorted(found)
+
+
+def _compile(source: str, arch: str) -> list[Kernel]:
+    nvcc, cuobjdump, _ = _tools()
+    ptx_text = ptx(source, arch)
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        flags = [*FLAGS, f"-I{CSRC}", f"-arch={arch}", "-Xptxas", "-v", "--keep", "--keep-dir", folder]
-        report = _output([nvcc, *flags, "-cubin", CSRC / source, "-o", cubin])
-        ptx = (Path(folder) / Path(source).with_suffix(".ptx").name).read_text()
+        file, cubin = Path(folder) / "kernels.ptx", Path(folder) / "kernels.cubin"
+        file.write_text(ptx_text)
+        report = _output([nvcc, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", "-cubin", file, "-o", cubin])
         code = _output([cuobjdump, "-sass", cubin])
-    return read(source, arch, report, ptx, code)
+    return read(source, arch, report, ptx_text, code)
 
 
-def read(source: str, arch: str, report: str, ptx: str, code: str) -> list[Kernel]:
+def read(source: str, arch: str, report: str, ptx_text: str, code: str) -> list[Kernel]:
     """The kernels of a file from what ptxas -v reports, their PTX, and their code as cuobjdump -sass prints it."""
-    sizes = re.findall(r"\.entry (\w+)\([^{]*?\.(?:max|req)ntid ([\d, ]+)", ptx)
+    sizes = re.findall(r"\.entry (\w+)\([^{]*?\.(?:max|req)ntid ([\d, ]+)", ptx_text)
     threads = {name: _product(dims) for name, dims in sizes}
     parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)
     machine_code = {

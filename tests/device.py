@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from compiled import module
 from torch import nn
 
-from resnet_fused import plans
+from resnet_fused import kernels, plans
 from resnet_fused.triton import launch as triton_launch
 
 if TYPE_CHECKING:
     from ptx.launcher import Emulator
 
-CSRC = Path(__file__).parents[1] / "csrc"
+# Of tests that look at machine code. Each costs minutes of compilation: by default the one whose PTX the emulator runs,
+# and which has room for every tile.
+ARCHES = [pytest.param(arch, marks=[pytest.mark.slow] * (arch != "sm_80")) for arch in kernels.ARCHES]
 DEVICES = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 COMPILED_TRITON = ["triton-sm_80", "triton-sm_90", *(["triton-cuda"] if torch.cuda.is_available() else [])]
 
@@ -35,7 +38,7 @@ def kernel_source(symbol: str) -> Path:
     """The file of csrc/ that defines a kernel: the one whose macros name the longest beginning of its symbol."""
     names = {
         name: path
-        for path in CSRC.rglob("*.cu")
+        for path in kernels.CSRC.rglob("*.cu")
         for name in re.findall(r"^RESNET_FUSED_\w+\((\w+)", path.read_text(), re.MULTILINE)
         if symbol.startswith(name)
     }
@@ -46,13 +49,9 @@ def kernel_source(symbol: str) -> Path:
 @functools.cache
 def _emulator() -> Emulator:
     """With the kernels of csrc/, compiled as they are launched."""
-    from ptx import compilers  # not earlier: the emulator compiles itself when it is first imported
     from ptx.launcher import Emulator
 
-    def find(symbol: str) -> str:
-        return compilers.nvcc_file(kernel_source(symbol), "sm_80", includes=[CSRC], flags=["-O3"])
-
-    return Emulator(find=find)
+    return Emulator(find=lambda symbol: module(str(kernel_source(symbol).relative_to(kernels.CSRC))))
 
 
 def emulated_launches() -> list[Any]:

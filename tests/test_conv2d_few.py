@@ -7,7 +7,7 @@ from typing import Any
 import few_cases
 import pytest
 import torch
-from device import Device
+from device import ARCHES, Device
 from op_cases import acc_of, activation, nhwc, ops, vector
 from pointwise_cases import (
     HALVES,
@@ -251,7 +251,7 @@ SHARES = {
 NARROW = {("LDG", 2), ("STG", 4)}
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("few", few_cases.KERNELS, ids=str)
 def test_machine_code(few: few_cases.Few, arch: str) -> None:
     """Accesses are 16 bytes but for those of the image and of sums; 256 threads or more on a multiprocessor, or 128

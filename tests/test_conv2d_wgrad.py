@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import wgrad_cases
-from device import Device
+from compiled import module
+from device import ARCHES, Device
 from op_cases import activation, ops, vector
 from pointwise_cases import Arguments, activated, assert_refused, compare, dtypes, mask_of, scale
-from ptx import Module, Stats, compilers
+from ptx import Stats
 from test_conv1x1 import BACKWARD, backward
 from torch import Tensor
 from wgrad_cases import TILES
@@ -21,7 +20,6 @@ from wgrad_cases import TILES
 from resnet_fused import kernels, plans
 from resnet_fused.plans import Step
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SECTOR = 32
 
 # [N, C, H, W], K, kernel, and the geometry: stride, padding, dilation (two each), groups.
@@ -149,16 +147,6 @@ def test_runs_are_equal(device: Device) -> None:
 # ---------------------------------------------------------------------------------------------------- the kernels
 
 
-@functools.cache
-def ptx(source: str) -> str:
-    return compilers.nvcc_file(CSRC / source, "sm_80", includes=[CSRC], flags=["-O3"])
-
-
-@functools.cache
-def module(source: str) -> Module:
-    return Module(ptx(source))
-
-
 def run(q: dict[str, Any], kernel: str, tile: int, seed: int = 0) -> tuple[dict[str, Tensor], list[tuple[Step, Stats]]]:
     torch.manual_seed(seed)
     tensors = wgrad_cases.tensors(q, kernel)
@@ -258,7 +246,7 @@ def test_share_of_the_tensor_cores(kernel: str, least: int) -> None:
     assert 100 * (more_mma - mma) / (more - every) >= least
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHES)
+@pytest.mark.parametrize("arch", ARCHES)
 def test_machine_code(arch: str) -> None:
     found = {kernel.symbol: kernel for kernel in kernels.compile_source(wgrad_cases.SOURCE, arch)}
     assert len(found) == len(wgrad_cases.KERNELS) * len(TILES) * len(wgrad_cases.DTYPES)

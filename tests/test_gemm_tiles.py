@@ -6,24 +6,15 @@ bit. Sums over pixels are cut otherwise: float32 outputs agree to their rounding
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import gemm_cases
 import pytest
 import torch
+from compiled import module
 from gemm_cases import GEMMS, PIXELS_TILES, Gemm
-from ptx import Module, compilers
 from torch import Tensor
 
-CSRC = Path(__file__).parents[1] / "csrc"
 # Ragged pixels and channels, more than one tile of each; the resident kernels take whole tiles of output channels.
 SIZES = {"N": 1, "H": 17, "W": 19, "C": 136, "K": 264, "C2": 72}
-
-
-@functools.cache
-def module(source: str) -> Module:
-    return Module(compilers.nvcc_file(CSRC / source, "sm_80", includes=[CSRC], flags=["-O3"]))
 
 
 def outputs(gemm: Gemm, tile: str, dtype: torch.dtype, sizes: dict[str, int], seed: int) -> dict[str, Tensor]:

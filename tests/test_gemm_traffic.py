@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled import module
 from gemm_cases import DTYPES, GEMMS, Gemm
-from ptx import Module, Stats, compilers
+from ptx import Stats
 from torch import Tensor
 
+from resnet_fused import kernels
 from resnet_fused.plans import Step
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SECTOR = 32
 # Of the output. Whole tiles of every size; and, in pixels and both channels, ends of tiles within a tile, a warp, a
 # fragment and a panel of the mask.
@@ -46,16 +45,6 @@ class Run:
     @property
     def product(self) -> tuple[Step, Stats]:
         return self.steps[0]
-
-
-@functools.cache
-def ptx(source: str) -> str:
-    return compilers.nvcc_file(CSRC / source, "sm_80", includes=[CSRC], flags=["-O3"])
-
-
-@functools.cache
-def module(source: str) -> Module:
-    return Module(ptx(source))
 
 
 def run(gemm: Gemm, sizes: Mapping[str, int], tile: str, dtype: str = "bf16", seed: int = 0, walk: bool = False) -> Run:
@@ -154,7 +143,7 @@ def expected(step: Step, stats: Stats) -> Counter[tuple[str, str]]:
     if "wgrad" in step.symbol or "gram" in step.symbol:
         columns = int(tile.split("x")[0])
         sums = 1  # from every fourth lane
-    lines = ptx(step.source).splitlines()
+    lines = kernels.ptx(step.source, "sm_80").splitlines()
     last_product = max(line for line in stats.lines if "mma.sync" in lines[line - 1])
     for line, count in stats.lines.items():
         if found := _ACCESS.search(lines[line - 1]):

@@ -6,33 +6,25 @@ the last block makes of them must be, to the last bit, what comes of the small t
 
 from __future__ import annotations
 
-import functools
 import mmap
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import gemm_cases
 import pytest
 import torch
+from compiled import module
 from device import Device
 from gemm_cases import GEMMS, PIXELS_TILES, Gemm
 from op_cases import activation
-from ptx import Module, compilers
 from torch import Tensor
 
 from resnet_fused import plans
 from resnet_fused.costs import Buffer, sizes_of
 from resnet_fused.plans import Plan, Step
 
-CSRC = Path(__file__).parents[1] / "csrc"
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux
 CHANNELS = {"C": 64, "K": 64, "C2": 64}
-
-
-@functools.cache
-def module(source: str) -> Module:
-    return Module(compilers.nvcc_file(CSRC / source, "sm_80", includes=[CSRC], flags=["-O3"]))
 
 
 def reserve(shape: list[int], dtype: torch.dtype) -> Tensor:

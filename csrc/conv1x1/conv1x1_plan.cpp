@@ -20,7 +20,8 @@ void add_dgrad(Plan& plan, const Conv1x1DgradProblem& q, const std::string& name
   const PixelMap map = make_map(q.H, q.W, q.stride);
   if (!q.gate_u) {
     const float scale = q.addend_scale == 0.0f ? 1.0f : q.addend_scale;
-    const AddShortcut add{nullptr, q.addend, q.addend_mask, q.dx, scale, q.padded};
+    const AddShortcut add{nullptr, q.addend, q.addend_mask, q.dx, make_addend(q.padded, q.C, q.N * q.H * q.W),
+                          scale};
     const RowsParams<Prologue, Nothing, AddShortcut> params{M, C, {phase, {}}, map, prologue, {}, add};
     add_rows_gemm(plan, kDgrad, (name + "_add").c_str(), q.dtype, tile, extras, params);
     return;

@@ -77,7 +77,7 @@ Plan plan_conv2d_dgrad(const Conv2dDgradProblem& q, int arch) {
   if (!q.gate_u) {
     const float scale = q.addend_scale == 0.0f ? 1.0f : q.addend_scale;
     add_taps(plan, kDgrad, "conv2d_dgrad_add", q.dtype, taps, q.backward,
-             AddShortcut{nullptr, q.addend, q.addend_mask, q.dx, scale, q.padded});
+             AddShortcut{nullptr, q.addend, q.addend_mask, q.dx, make_addend(q.padded, q.shape.C, M), scale});
     return plan;
   }
   plan.workspace = taps.row_tiles * 2 * q.shape.C;

@@ -52,8 +52,9 @@ Plan plan_expand_dgrad(const ExpandDgradProblem& q, int arch) {
   const Phase phases[2] = {{q.dy, q.weight, static_cast<int32_t>(q.K)}, {q.x, q.q, c}};
   const PixelMap map = make_map(q.H, q.W, q.stride);
   if (!q.scale) {
+    const Addend addend = make_addend({}, q.C, q.N * q.H * q.W);
     const RowsParams<Mask, Nothing, AddShortcut> params{
-        m, c, {phases[0], phases[1]}, map, {q.mask}, {}, {q.constant, q.addend, q.addend_mask, q.dx}};
+        m, c, {phases[0], phases[1]}, map, {q.mask}, {}, {q.constant, q.addend, q.addend_mask, q.dx, addend}};
     add_rows_gemm(plan, kSource, "expand_dgrad_projection", q.dtype, *tile, extras, params);
     return plan;
   }

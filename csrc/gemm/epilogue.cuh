@@ -224,29 +224,24 @@ struct AddShortcutEpilogue {
   }
 
   // addend * mask at a pixel of the output
-  __device__ uint4 shortcut(int64_t pixel, int64_t pixels) const {
+  __device__ uint4 shortcut(int64_t pixel) const {
     if (!p.addend) return make_uint4(0, 0, 0, 0);
-    int C = at.N, n = at.n;
-    if (kPads && p.padded.stride) {
-      const uint32_t stride = p.padded.stride, m = static_cast<uint32_t>(pixel);
-      const uint32_t i = m / p.padded.W, w = m - i * p.padded.W, h = i % p.padded.H, image = i / p.padded.H;
-      if (h % stride != 0 || w % stride != 0) return make_uint4(0, 0, 0, 0);
-      const uint32_t high = (p.padded.H - 1) / stride + 1, wide = (p.padded.W - 1) / stride + 1;
-      pixel = (static_cast<int64_t>(image) * high + h / stride) * wide + w / stride;
-      pixels = p.padded.pixels, C = p.padded.C, n += p.padded.offset;
+    if (kPads && p.from.stride.divisor) {
+      const Pixel x = split(static_cast<uint32_t>(pixel), p.from.H, p.from.W);
+      const uint32_t i = divide(x.h, p.from.stride), j = divide(x.w, p.from.stride);
+      const uint32_t stride = p.from.stride.divisor;
+      if (i * stride != x.h || j * stride != x.w) return make_uint4(0, 0, 0, 0);
+      pixel = (x.image * p.from.high + i) * p.from.wide + j;
     }
-    const uint4 chunk = fetch_chunk(p.addend, pixel, C, n);
+    const int n = at.n + (kPads ? p.from.offset : 0);
+    const uint4 chunk = fetch_chunk(p.addend, pixel, kPads ? p.from.C : at.N, n);
     if (!p.mask) return chunk;
-    const uint32_t word = __ldg(p.mask + n / kPanel * pixels + pixel);
+    const uint32_t word = __ldg(p.mask + static_cast<int64_t>(n / kPanel) * p.from.pixels + pixel);
     return keep_where(chunk, word >> n % kPanel);
-  }
-  __device__ int64_t pixels() const {
-    if (map.stride == 1) return at.M;
-    return static_cast<int64_t>(at.M / (map.Ho.divisor * map.Wo.divisor)) * map.H * map.W;
   }
   __device__ int64_t pixel(int m) const { return kFills ? source_row(map, m) : output_row(map, m); }
   __device__ uint4 fetch(int m, bool inside) const {
-    return inside ? shortcut(pixel(m), pixels()) : make_uint4(0, 0, 0, 0);
+    return inside ? shortcut(pixel(m)) : make_uint4(0, 0, 0, 0);
   }
   __device__ void row(int m, bool inside, bool, const float (&acc)[8], uint4 addend) {
     if (!inside) return;
@@ -254,19 +249,36 @@ struct AddShortcutEpilogue {
     unpack<T>(addend, a);
 #pragma unroll
     for (int i = 0; i < 8; ++i) z[i] = fmaf(p.scale, a[i], acc[i] + constant[i]);
-    const int64_t own = pixel(m);
-    store_chunk(p.out, own, at.N, at.n, pack<T>(z));
-    if (kFills && map.stride > 1) fill_around(own);
+    store_chunk(p.out, pixel(m), at.N, at.n, pack<T>(z));
   }
-  // The pixels between this one and the next that the convolution has read.
-  __device__ void fill_around(int64_t pixel) const {
-    const int64_t row = pixel / map.W;
-    const int w = static_cast<int>(pixel - row * map.W), h = static_cast<int>(row % map.H);
-    for (int i = 0; i < map.stride && h + i < map.H; ++i) {
-      for (int j = i == 0; j < map.stride && w + j < map.W; ++j) {
-        const int64_t other = pixel + static_cast<int64_t>(i) * map.W + j;
-        store_chunk(p.out, other, at.N, at.n, scaled(shortcut(other, pixels())));
+  // The pixels between those that the convolution has read wait for no accumulator: a loop of their own,
+  // since `row` is there as often as a thread has rows.
+  __device__ void finish(uint32_t) {
+    if (!kFills || map.stride == 1 || !at.exists()) return;
+    const int begin = at.m0 + at.warp_m * S::kWarpM, end = min(begin + S::kWarpM, at.M);
+#pragma unroll 1
+    for (int m = begin + at.lane / 8; m < end; m += 16) {
+#pragma unroll 1
+      for (int other = 1; other < map.stride * map.stride; ++other) {
+        fill(m, end, other / map.stride, other % map.stride);
       }
+    }
+  }
+  // Pixel (i, j) from each of four rows: loads before stores.
+  __device__ void fill(int m, int end, int i, int j) const {
+    int64_t to[4];
+    uint4 chunk[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const Pixel o = split(m + 4 * r, map.Ho, map.Wo);
+      const int h = o.h * map.stride + i, w = o.w * map.stride + j;
+      const bool inside = m + 4 * r < end && h < map.H && w < map.W;
+      to[r] = inside ? (static_cast<int64_t>(o.image) * map.H + h) * map.W + w : -1;
+      chunk[r] = inside ? shortcut(to[r]) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (to[r] >= 0) store_chunk(p.out, to[r], at.N, at.n, scaled(chunk[r]));
     }
   }
   __device__ uint4 scaled(uint4 chunk) const {
@@ -277,7 +289,6 @@ struct AddShortcutEpilogue {
     for (int i = 0; i < 8; ++i) v[i] *= p.scale;
     return pack<T>(v);
   }
-  __device__ void finish(uint32_t) {}
 };
 
 // kMapped: whether outputs go through the map.

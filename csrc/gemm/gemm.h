@@ -86,6 +86,14 @@ struct PaddedAddend {
   int32_t H, W;
   int32_t C, pixels;  // of the addend
 };
+// The same as an epilogue takes it, without divisions.
+struct Addend {
+  int32_t C, pixels;
+  int32_t offset = 0;          // of the first of its channels that is one of x
+  Divider stride = {};         // divisor 0: the addend is as out
+  Divider H = {}, W = {};      // of x
+  int32_t high = 0, wide = 0;  // H', W'
+};
 
 // out = acc + constant + scale * addend * mask. With a stride, out and addend are [N, H, W]: pixels that the
 // convolution did not read get the addend's part alone.
@@ -94,8 +102,8 @@ struct AddShortcut {
   const void* addend;     // or null
   const uint32_t* mask;   // of the addend, or null
   void* out;
+  Addend from;
   float scale = 1.0f;
-  PaddedAddend padded = {};
 };
 
 // dz = (acc + constant) * relu'(scale*u + shift), and its sums [row tiles, 2, N]: of dz and of dz * (u -

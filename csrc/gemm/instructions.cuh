@@ -8,6 +8,7 @@ namespace resnet_fused {
 
 // Hides how a value came about, so that the compiler does not compute it again in a loop to spare a register.
 __device__ inline void keep_in_register(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ inline void keep_in_register(int64_t& v) { asm volatile("" : "+l"(v)); }
 
 __device__ inline uint32_t shared_address(const void* p) {
   uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p));

@@ -49,6 +49,19 @@ int64_t strided_pixels(int64_t N, int64_t H, int64_t W, int64_t stride) {
   return N * ceil_div(H, stride) * ceil_div(W, stride);
 }
 
+Addend make_addend(const PaddedAddend& padded, int64_t C, int64_t pixels) {
+  if (padded.stride == 0) return {static_cast<int32_t>(C), static_cast<int32_t>(pixels)};
+  const int64_t high = ceil_div(padded.H, padded.stride), wide = ceil_div(padded.W, padded.stride);
+  return {padded.C,
+          padded.pixels,
+          padded.offset,
+          make_divider(padded.stride),
+          make_divider(padded.H),
+          make_divider(padded.W),
+          static_cast<int32_t>(high),
+          static_cast<int32_t>(wide)};
+}
+
 bool has_large_shared(int arch) { return arch == 80 || arch == 87 || (arch >= 90 && arch < 120); }
 
 int shared_memory(int arch) { return (has_large_shared(arch) ? 164 : 100) * 1024; }

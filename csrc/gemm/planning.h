@@ -18,6 +18,8 @@ Divider make_divider(int64_t divisor);
 // The map of a 1x1 convolution of [N, H, W] with a stride.
 PixelMap make_map(int64_t H, int64_t W, int64_t stride);
 int64_t strided_pixels(int64_t N, int64_t H, int64_t W, int64_t stride);
+// Of an addend for dx, which has so many channels and pixels.
+Addend make_addend(const PaddedAddend& padded, int64_t C, int64_t pixels);
 
 // Whether blocks may have 160 KB of shared memory; else 99 KB.
 bool has_large_shared(int arch);

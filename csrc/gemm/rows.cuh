@@ -139,10 +139,15 @@ struct RowsKernel {
       begin_a<Second>(a, p, p.prologue2, p.phase[1], true, at.m0, thread);
       begin_b(b, p, p.phase[1], at.n0, thread);
     };
+    // What the loop would compute every time from the channels, which such an epilogue keeps at hand.
+    int64_t step = 0;
+    if constexpr (kTransposedB && Epilogue::kMapsOutput) keep_in_register(step = b.step());
     auto load = [&](uint32_t slot, uint32_t next) {
       const int bytes = a.load(slot, thread);
       a.load_mask(next, thread);
-      if constexpr (kTransposedB) {
+      if constexpr (kTransposedB && Epilogue::kMapsOutput) {
+        b.load(slot + BytesA::kBytes, PixelMap{1}, thread, step);
+      } else if constexpr (kTransposedB) {
         b.load(slot + BytesA::kBytes, PixelMap{1}, thread);
       } else {
         b.load(slot + BytesA::kBytes, thread, bytes);

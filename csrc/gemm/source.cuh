@@ -149,7 +149,9 @@ struct DownRows {
     }
   }
 
-  __device__ void load(uint32_t slot, const PixelMap& map, int thread) {
+  __device__ int64_t step() const { return 2 * static_cast<int64_t>(Tile::kRows) * C; }  // bytes to the next tile
+  __device__ void load(uint32_t slot, const PixelMap& map, int thread) { load(slot, map, thread, step()); }
+  __device__ void load(uint32_t slot, const PixelMap& map, int thread, int64_t step) {
     const uint32_t to = slot + Tile::own(thread, 0);
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
@@ -159,7 +161,7 @@ struct DownRows {
       if constexpr (kStrided) from = x + 2 * static_cast<int64_t>(C) * source_row(map, k + i * Tile::kStep);
       copy_async(at, from, bytes);
       if constexpr (Bytes::kHasSecond) copy_async(at + Bytes::kSecond, from + second, bytes);
-      if constexpr (!kStrided) row[i] += 2 * static_cast<int64_t>(Tile::kRows) * C;
+      if constexpr (!kStrided) row[i] += step;
     }
     k += Tile::kRows;
   }

@@ -57,12 +57,20 @@ __device__ inline uint32_t divide(uint32_t n, const Divider& d) {
   return d.divisor == 1 ? n : __umulhi(n, d.multiplier) >> d.shift;
 }
 
+// Pixel m of [*, H, W].
+struct Pixel {
+  uint32_t image, h, w;
+};
+__device__ inline Pixel split(uint32_t m, const Divider& H, const Divider& W) {
+  const uint32_t row = divide(m, W), image = divide(row, H);
+  return {image, row - image * H.divisor, m - row * W.divisor};
+}
+
 // The row of x that row m of a strided convolution's output reads.
 __device__ inline int64_t source_row(const PixelMap& map, int m) {
   if (map.stride == 1) return m;
-  const uint32_t row = divide(m, map.Wo), image = divide(row, map.Ho);
-  const uint32_t j = m - row * map.Wo.divisor, i = row - image * map.Ho.divisor;
-  return (static_cast<int64_t>(image) * map.H + i * map.stride) * map.W + j * map.stride;
+  const Pixel at = split(m, map.Ho, map.Wo);
+  return (static_cast<int64_t>(at.image) * map.H + at.h * map.stride) * map.W + at.w * map.stride;
 }
 
 // The pixel of a strided convolution's dx that is output m of a phase.

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from .build import cache_dir
 
 
 def find_nvcc() -> str | None:
@@ -30,46 +26,12 @@ def find_nvcc() -> str | None:
 @functools.cache
 def nvcc(source: str, arch: str = "sm_80", flags: tuple[str, ...] = ()) -> str:
     """The PTX of CUDA C++ source text."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cu"
-        path.write_text(source)
-        return _run_nvcc(path, arch, flags)
-
-
-def nvcc_file(
-    path: Path | str, arch: str = "sm_80", includes: Iterable[Path | str] = (), flags: Iterable[str] = ()
-) -> str:
-    """The PTX of a CUDA C++ file; kept on disk by the hash of it, of the headers it includes and of the flags."""
-    key = hashlib.sha256(" ".join([arch, find_nvcc() or "", *flags]).encode())
-    for file in _with_headers(Path(path), [Path(folder) for folder in includes]):
-        key.update(file.read_bytes())
-    kept = cache_dir() / "ptx" / f"{Path(path).stem}-{arch}-{key.hexdigest()[:16]}.ptx"
-    if not kept.exists():
-        text = _run_nvcc(Path(path), arch, (*flags, *(f"-I{folder}" for folder in includes)))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.rename(kept)
-    return kept.read_text()
-
-
-def _with_headers(path: Path, folders: list[Path]) -> list[Path]:
-    """The file and what it includes under `folders`, directly or not."""
-    found, left = {path}, [path]
-    while left:
-        for name in re.findall(r'#include "([^"]+)"', left.pop().read_text()):
-            new = {folder / name for folder in folders if (folder / name).exists()} - found
-            found |= new
-            left += new
-    return sorted(found)
-
-
-def _run_nvcc(path: Path, arch: str, flags: Iterable[str]) -> str:
     compiler = find_nvcc()
     if compiler is None:
         raise FileNotFoundError("no nvcc: install the CUDA toolkit or its nvidia-cuda-nvcc wheel")
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernel.ptx"
+        path, out = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
+        path.write_text(source)
         command = [compiler, "-ptx", f"-arch={arch}", "-std=c++17", *flags, str(path), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

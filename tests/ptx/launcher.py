@@ -1,6 +1,6 @@
 """Runs the launches of an extension on the emulator: what takes the place of CUDA's launch in a test.
 
-emulator = Emulator([compilers.nvcc_file("kernel.cu", "sm_80", includes=["csrc"])])
+emulator = Emulator([compilers.nvcc(text_of_a_kernel)])
 with emulator.attached(), plans.launcher(emulator):
     y = op(x)
 emulator.launches[-1].stats
@@ -40,14 +40,14 @@ class Emulator:
     """
 
     def __init__(
-        self, texts: Iterable[str] = (), seed: int = 0, find: Callable[[str], str] | None = None, **options: Any
+        self, texts: Iterable[str] = (), seed: int = 0, find: Callable[[str], Module] | None = None, **options: Any
     ) -> None:
-        """find: the PTX with a kernel that `texts` do not have; options: those of Module.launch."""
+        """find: the module with a kernel that `texts` do not have; options: those of Module.launch."""
         self.seed, self.options, self._find = seed, options, find
         self.launches: list[Launched] = []
         self._kernels: dict[str, Module] = {}
         for text in texts:
-            self._load(text)
+            self._load(Module(text))
         self._tracker: Any = None
 
     @contextmanager
@@ -77,8 +77,7 @@ class Emulator:
         if address and size:
             self._tracker.add(address, size)
 
-    def _load(self, text: str) -> None:
-        module = Module(text)
+    def _load(self, module: Module) -> None:
         self._kernels |= dict.fromkeys(module.kernels, module)
 
     def __call__(self, launch: Any) -> None:
