@@ -6,7 +6,7 @@
     racecheck   the same for shared memory
     benchmark   ResNet-50's blocks in bfloat16, forward and backward, against eager PyTorch
     memory      what a training step of ResNet-50 allocates
-    tiles       every tile of the matrix kernels on those blocks, beside the plan's own choice
+    tune        every tile of the matrix kernels, and ATen, on those blocks' problems; the winners are kept
 
 Each section runs in a process of its own with its own time, whatever became of the others. Results: one table, and
 results/gpu-check-<gpu>.json.
@@ -151,7 +151,7 @@ SECTIONS: dict[str, tuple[float, Callable[[Check, float], Result]]] = {  # secon
     "racecheck": (70, lambda check, seconds: check.sanitize("racecheck", seconds)),
     "benchmark": (70, lambda check, seconds: check.work("benchmark", "benchmark", seconds)),
     "memory": (30, lambda check, seconds: check.work("memory", "memory", seconds)),
-    "tiles": (45, lambda check, seconds: check.work("tiles", "tiles", seconds)),
+    "tune": (60, lambda check, seconds: check.work("tune", "tune", seconds)),
 }
 
 
@@ -249,11 +249,10 @@ def table_rows(sections: Mapping[str, Result], peak_gbs: float = 0) -> list[tupl
                 ("", row["variant"], f"{row['bytes'] / 2**20:.0f} MiB ({row['bytes'] / (baseline or 1):.2f})", "")
                 for row in section["rows"]
             ]
-        elif name == "tiles":
+        elif name == "tune":
             worse = sorted((row for row in section["rows"] if row["ratio"] >= 1.05), key=lambda row: -row["ratio"])
             for row in worse[:10]:
-                what = f"{row['kernel']} {row['problem']}"
-                rows.append(("", what, f"{row['fastest']} is {row['ratio']:.2f}x of {row['plan']}", ""))
+                rows.append(("", row["problem"], f"{row['winner']} is {row['ratio']:.2f}x of the default", ""))
         else:
             rows += [("", *found, "") for found in map(_finding, section["rows"][:10]) if found]
     return rows

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 import resnet_fused as rf
 from benchmarks.shapes import BLOCKS, BlockShape
 from resnet_fused import kernels, plans
-from resnet_fused.plans import Plan
-from resnet_fused.problems import Problem, capturing, name_of_kernel, name_of_tile
+from resnet_fused.problems import capturing
 from resnet_fused.recorder import recording
 from resnet_fused.timing import Budget, CudaTimer, Part, Times, interleaved
 from resnet_fused.traffic import Bytes, block_bytes
@@ -34,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 BOTTLENECKS = tuple(shape for shape in BLOCKS if shape.kind == "bottleneck")
 ROUNDS = 15
-TILE_ROUNDS = 7
+TUNE_ROUNDS = 5
 
 
 class Log:
@@ -161,50 +160,29 @@ def peak_memory(log: Log, budget: Budget, batch: int) -> None:
     log.finish(f"resnet50, batch {batch} at 224, bf16 autocast")
 
 
-# ------------------------------------------------------------------------------------------------------- tiles
+# -------------------------------------------------------------------------------------------------------- tune
 
 
-def compare_tiles(
-    log: Log, budget: Budget, timer: Callable[[Sequence[Part]], Times], batch: int, device: str, arch: int
-) -> None:
-    """Every tile of the matrix kernels on the problems of every bottleneck, beside the plan's own choice."""
-    seen: set[str] = set()
-    slower = 0
+def tune_blocks(log: Log, budget: Budget, timer: Callable[[Sequence[Part]], Times], batch: int, device: str) -> None:
+    """`tune` on every bottleneck, but for Triton's kernels, which take too long to compile. The winners are kept."""
+    other = aten = 0
     for shape in BOTTLENECKS:
+        if budget.left <= 0:
+            break
         step = make_step(shape, "lean", batch, device)
-        step.run()
-        with capturing() as problems:
-            step.run()
-        for problem in problems:
-            own = problem.ready(arch)
-            if own is None or budget.left <= 0:
-                continue
-            name = f"{name_of_kernel(own[0])} {problem}"
-            if name not in seen:
-                seen.add(name)
-                slower += _time_tiles(log, budget, timer, problem, name_of_tile(own[0]), arch, name)
-        del problems, step
-    log.finish(f"{len(seen)} problems; another tile is 5 % faster on {slower}" if seen else "no problem was timed")
-
-
-def _time_tiles(
-    log: Log, budget: Budget, timer: Callable[[Sequence[Part]], Times], problem: Problem, own: str, arch: int, name: str
-) -> bool:
-    """Whether some tile is at least 5 % faster than the plan's own."""
-
-    def launching(plan: Plan) -> Part:
-        return lambda: plans.run(plan.steps, problem.device)
-
-    ready = list(problem.tiles(arch))  # with the workspaces, which live until all is timed
-    calls = {name_of_tile(plan): (launching(plan),) for _, plan, _ in ready}
-    found = interleaved(calls, timer, TILE_ROUNDS, budget)
-    times = {tile: milliseconds[0] for tile, (milliseconds, _, _) in found.items()}
-    fastest = min(times, key=times.__getitem__)
-    log.add(
-        kernel=name.split()[0], problem=str(problem), plan=own, fastest=fastest, ratio=times[own] / times[fastest],
-        ms=times,
-    )  # fmt: skip
-    return times[own] >= 1.05 * times[fastest]
+        options = {"rounds": TUNE_ROUNDS, "seconds": budget.left, "backends": ("cuda", "aten"), "again": True}
+        report = rf.tune(step.block, step.x, timer=timer, **options)  # type: ignore[arg-type]
+        for problem in report.measured:
+            entry = report.entries[problem]
+            default = entry.seconds.get("cuda", entry.seconds[entry.winner])
+            ratio = default / entry.seconds[entry.winner]
+            log.add(
+                problem=problem, winner=entry.winner, ratio=ratio, ms={k: 1e3 * s for k, s in entry.seconds.items()}
+            )
+            other += ratio >= 1.05
+            aten += entry.winner == "aten" and ratio >= 1.05
+    found = f"{len(log.rows)} problems; another plan is 5 % faster on {other}, ATen's on {aten} of them"
+    log.finish(found if log.rows else "no problem was timed")
 
 
 # ---------------------------------------------------------------------------------- static checks, every kernel
@@ -262,7 +240,7 @@ def every_kernel(log: Log, device: str, arch: int, dtypes: Sequence[torch.dtype]
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_work", description=__doc__.splitlines()[0])
-    parser.add_argument("section", choices=("static", "kernels", "benchmark", "memory", "tiles"))
+    parser.add_argument("section", choices=("static", "kernels", "benchmark", "memory", "tune"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--arch", required=True, help="of the GPU, as sm_80")
@@ -285,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.section == "memory":
         peak_memory(log, budget, args.batch)
     else:
-        compare_tiles(log, budget, CudaTimer(), args.batch, "cuda", arch)
+        tune_blocks(log, budget, CudaTimer(), args.batch, "cuda")
     return 0
 
 

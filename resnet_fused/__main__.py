@@ -27,7 +27,7 @@ from .convert import fuse_
 from .data import mnist_5k
 from .ops.pointwise import as_on_a_gpu
 from .train import RECIPES, SEEDS, DivergenceError, train
-from .tune import ROUNDS, tune
+from .tune import BACKENDS, ROUNDS, tune
 
 FAILURES = (OSError, ImportError, ValueError, DivergenceError, torch.OutOfMemoryError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +101,8 @@ def tune_command(args: argparse.Namespace) -> int:
     model, x = _model_and_batch(args)
     model = model.to(memory_format=torch.channels_last)
     fuse_(model, args.memory)
-    report = tune(model.train(not args.inference), x, rounds=args.rounds, again=args.again, progress=True)
+    options = {"rounds": args.rounds, "again": args.again, "seconds": args.seconds, "backends": args.backends}
+    report = tune(model.train(not args.inference), x, **options, progress=True)
     title = f"{args.model}, batch {args.batch}, {args.dtype}: milliseconds, medians of {args.rounds} rounds"
     _print_table(title, ("problem", "winner", "ms", "runner-up", "ms", ""), report.cells())
     for problem, reason in report.left_out.items():
@@ -215,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", choices=network.MEMORIES, default="lean")
     sub.add_argument("--inference", action="store_true", help="forward alone, with given statistics")
     sub.add_argument("--rounds", type=_positive_int, default=ROUNDS, help="of each measurement (default: %(default)s)")
+    sub.add_argument("--seconds", type=_positive_float, default=math.inf, help="after which no other problem is begun")
+    sub.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     sub.add_argument("--again", action="store_true", help="also what is known already")
 
     sub = with_device(command("train", train_command))

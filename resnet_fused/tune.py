@@ -9,6 +9,7 @@ again. Candidates take turns; a time is the median of its rounds, on a GPU with 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from .tuned import Entry, Table
 
 Timer = Callable[[Sequence[Part]], Times]
 ROUNDS = 7
+BACKENDS = ("cuda", "triton", "aten")
 
 
 @dataclass
@@ -57,6 +59,8 @@ def tune(
     *,
     rounds: int = ROUNDS,
     again: bool = False,
+    seconds: float = math.inf,
+    backends: Sequence[str] = BACKENDS,
     timer: Timer | None = None,
     progress: bool = False,
 ) -> Report:
@@ -64,20 +68,23 @@ def tune(
 
     In training mode forward and backward, else forward alone; the model is left as it was. What is in the cache is not
     measured again unless `again`; each result is written at once, so that a run that was broken off goes on where it
-    was. timer: of milliseconds, in place of this machine's. Raises TypeError for what is no module, ValueError for
-    fewer than one round.
+    was. After `seconds` no other problem is begun. backends: of ops; "triton" costs a compilation for each config.
+    timer: of milliseconds, in place of this machine's. Raises TypeError for what is no module, ValueError for fewer
+    than one round or a backend that there is not.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
-    device = example_input.device
+    if unknown := set(backends) - set(BACKENDS):
+        raise ValueError(f"backends has {', '.join(sorted(unknown))}, expected some of {', '.join(BACKENDS)}")
+    device, budget = example_input.device, Budget(seconds)
     timer = timer or (CudaTimer() if device.type == "cuda" else HostTimer())
     table = tuned.table(device)
     report = Report(str(table.path or "not kept: no folder is known"))
-    tasks = dict(_tasks(model, example_input))
+    tasks = dict(_tasks(model, example_input, backends))
     for problem, candidates in _with_progress(tasks.items(), len(tasks), progress):
-        if again or problem not in table.entries:
+        if (again or problem not in table.entries) and budget.left > 0:
             _measure(problem, candidates(), timer, rounds, table, report)
         if problem in table.entries:
             report.entries[problem] = table.entries[problem]
@@ -117,7 +124,7 @@ def _refusal(part: Part) -> Exception | None:
     return None
 
 
-def _tasks(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], dict[str, Part]]]]:
+def _tasks(model: nn.Module, x: Tensor, backends: Sequence[str]) -> Iterator[tuple[str, Callable[[], dict[str, Part]]]]:
     """Each distinct problem, and what makes its candidates."""
     signatures: dict[Signature, None] = {}
 
@@ -130,7 +137,7 @@ def _tasks(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], dict
     for unit, conv in _end_units(calls):
         yield str(unit), functools.partial(_plans_of, unit, conv, x.device)
     for signature in signatures:
-        yield str(signature), functools.partial(_backends_of, signature, x.device)
+        yield str(signature), functools.partial(_backends_of, signature, x.device, backends)
 
 
 def _step(model: nn.Module, x: Tensor) -> None:
@@ -144,7 +151,7 @@ def _step(model: nn.Module, x: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------- ops on a GPU
 
 
-def _backends_of(signature: Signature, device: torch.device) -> dict[str, Part]:
+def _backends_of(signature: Signature, device: torch.device, backends: Sequence[str]) -> dict[str, Part]:
     args = signature.arguments(device)
 
     def part(chosen: Choice) -> Part:
@@ -154,10 +161,11 @@ def _backends_of(signature: Signature, device: torch.device) -> dict[str, Part]:
         refusal = _refusal(part(chosen))
         return not isinstance(refusal, IndexError) and "does not exist" not in str(refusal)
 
-    found = [Choice("aten")]
-    for backend in ("cuda", "triton"):
+    there = [backend for backend in dispatch.backends_of(signature.op) if backend in backends]
+    found = [Choice(backend) for backend in there]
+    for backend in there:
         number = 1
-        while backend in dispatch.backends_of(signature.op) and exists(Choice(backend, number)):
+        while backend != "aten" and exists(Choice(backend, number)):
             found.append(Choice(backend, number))
             number += 1
     return {str(chosen): part(chosen) for chosen in found}

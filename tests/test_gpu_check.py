@@ -70,7 +70,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     assert {s["status"] for s in sections.values()} == {"ok"}
     assert {s["seconds"] for s in sections.values()} == {7.0}
     assert sections["tests"]["summary"] == "2 of 2 passed"
-    assert sections["tiles"]["summary"] == "tiles is done"
+    assert sections["tune"]["summary"] == "tune is done"
     assert gpu_check.exit_status(machine.check) == 0
 
 
@@ -136,7 +136,7 @@ def test_an_exception_is_a_failure(tmp_path: Path) -> None:
     machine.check.run = run
     sections = machine.go()
     assert (sections["memory"]["status"], sections["memory"]["summary"]) == ("failed", "OSError: no more processes")
-    assert sections["tiles"]["status"] == "ok"
+    assert sections["tune"]["status"] == "ok"
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -245,11 +245,10 @@ SPEED = [
      "host_bound": v == "lean"}
     for v, f in (("eager", 3.0), ("compile", 2.0), ("lean", 1.5))
 ]  # fmt: skip
-TILES = [
-    {"kernel": "conv1x1_fprop_bf16", "problem": "conv1x1 64x56x56", "plan": "128x64x32", "fastest": fastest,
-     "ratio": ratio, "ms": {}}
-    for fastest, ratio in (("256x128x32", 1.31), ("128x64x32", 1.0))
-]  # fmt: skip
+TUNED = [
+    {"problem": "conv1x1 bf16[64,256,56,56]", "winner": winner, "ratio": ratio, "ms": {}}
+    for winner, ratio in (("cuda:2", 1.31), ("cuda:1", 1.0))
+]
 
 
 def test_table() -> None:
@@ -265,7 +264,7 @@ def test_table() -> None:
             "memcheck": {**base, "rows": [{"block": "b", "launches_by_tile": 3}]},
             "benchmark": {**base, "rows": SPEED},
             "memory": {**base, "rows": [{"variant": "eager", "bytes": 2**30}, {"variant": "lean", "bytes": 2**29}]},
-            "tiles": {**base, "rows": TILES},
+            "tune": {**base, "rows": TUNED},
         },
         peak_gbs=2000,
     )
@@ -283,6 +282,6 @@ def test_table() -> None:
         ("memory", "s", "ok", "3"),
         ("", "eager", "1024 MiB (1.00)", ""),
         ("", "lean", "512 MiB (0.50)", ""),
-        ("tiles", "s", "ok", "3"),
-        ("", "conv1x1_fprop_bf16 conv1x1 64x56x56", "256x128x32 is 1.31x of 128x64x32", ""),
+        ("tune", "s", "ok", "3"),
+        ("", "conv1x1 bf16[64,256,56,56]", "cuda:2 is 1.31x of the default", ""),
     ]
