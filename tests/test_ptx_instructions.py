@@ -27,7 +27,7 @@ def evaluate(line: str, *sources: tuple[str, torch.Tensor], result: str) -> torc
 .target sm_90
 .address_size 64
 .visible .entry k({params}) {{
-.reg .u32 %i; .reg .u64 %p; .reg .{result} %d; .reg .pred %q;
+.reg .u32 %i; .reg .u64 %p; .reg .{result} %d; .reg .pred %q, %r;
 mov.u32 %i, %tid.x;
 {loads}{line}
 ld.param.u64 %p, [out]; mad.wide.u32 %p, %i, {size[result]}, %p; st.global.{result} [%p], %d;
@@ -291,6 +291,17 @@ def test_half_conversions_and_arithmetic(name, dtype):
         tail = ", %a" if operation.startswith("fma") else ""
         got = evaluate(f"{operation}{mods}.{name} %d, %a, %b{tail};", *bits, result="b16").view(dtype)
         same(got.float(), reference.float())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("relation", ["gt", "leu"])
+def test_packed_comparison(relation, name, dtype):
+    """One predicate for each half, a NaN in either being unordered."""
+    a, b = floats(8).to(dtype), floats(9).to(dtype)
+    pair = [("b32", torch.stack([t, t.flip(0)], 1).contiguous().view(torch.int32).flatten()) for t in (a, b)]
+    line = f"setp.{relation}.{name}x2 %q|%r, %a, %b; selp.b32 %d, 1, 0, %q; @%r add.s32 %d, %d, 2;"
+    passed = (a > b) if relation == "gt" else ~(a > b)
+    assert torch.equal(evaluate(line, *pair, result="b32"), passed.int() + 2 * passed.flip(0))
 
 
 def test_packed_halves():

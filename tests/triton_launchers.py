@@ -47,8 +47,9 @@ def interpreted() -> Iterator[None]:
 class TritonEmulator:
     """Launches the PTX that Triton compiles for compute capability cc / 10 on the emulator, with CPU tensors."""
 
-    def __init__(self, cc: int, seed: int = 0) -> None:
-        self.cc, self.seed = cc, seed
+    def __init__(self, cc: int, seed: int = 0, **options: Any) -> None:
+        """options: those of ptx.Module.launch."""
+        self.cc, self.seed, self.options = cc, seed, options
         self.launches: list[Launched] = []
 
     def __call__(
@@ -59,7 +60,7 @@ class TritonEmulator:
         symbol, block, smem = compiled.metadata.name, 32 * compiled.metadata.num_warps, compiled.metadata.shared
         module = ptx.Module(compiled.asm["ptx"])
         seed = self.seed + len(self.launches)
-        stats = module.launch(symbol, grid, block, passed, smem=smem, seed=seed, allow_same_values=True)
+        stats = module.launch(symbol, grid, block, passed, smem=smem, seed=seed, allow_same_values=True, **self.options)
         self.launches.append(Launched(symbol, grid, (block,), smem, stats))
 
 

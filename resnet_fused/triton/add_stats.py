@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.pointwise import vector_like
 from .launch import launch
-from .partials import add_values, empty_partials, merge_statistics, no_statistics, store_statistics
+from .partials import add_values, empty_partials, mean_of, merge_statistics, no_statistics, store_statistics
 from .tile import affine, checked, chunked, inside, matrix, offsets, place, require_rows, whole
 
 
@@ -29,7 +29,9 @@ def add_stats_kernel(
     C = whole(C, WIDTH)
     begin, c0 = place(C, chunk, CHANNELS)
     c = c0 + tl.arange(0, CHANNELS)
-    pivot = added(x, u, scale, shift, begin * C + c[None, :], (c < C)[None, :], c, C).to(tl.float32)
+    valid, left = inside(begin, M, c, C, ROWS)
+    total = added(x, u, scale, shift, begin * C + offsets(c, C, ROWS), valid, c, C)
+    pivot = mean_of(total.to(tl.float32), valid, left)  # in a channel far from 0 only the differences count
     count, mean, m2 = no_statistics(ROWS, CHANNELS)
     for step in range(0, chunk, ROWS):
         first = begin + step

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..ops.pointwise import vector_like
 from .launch import launch
-from .partials import add_values, empty_partials, merge_statistics, no_statistics, store_statistics
-from .tile import checked, chunked, inside, matrix, offsets, place, require_rows, vector, whole
+from .partials import add_values, empty_partials, mean_of, merge_statistics, no_statistics, store_statistics
+from .tile import checked, chunked, inside, matrix, offsets, place, require_rows, whole
 
 
 @triton.jit
@@ -19,7 +19,9 @@ def bn_stats_kernel(
     C = whole(C, WIDTH)
     begin, c0 = place(C, chunk, CHANNELS)
     c = c0 + tl.arange(0, CHANNELS)
-    pivot = vector(x + begin * C, c, C).to(tl.float32)  # of a channel far from 0 only the differences count
+    valid, left = inside(begin, M, c, C, ROWS)
+    value = tl.load(x + begin * C + offsets(c, C, ROWS), valid, other=0.0).to(tl.float32)
+    pivot = mean_of(value, valid, left)  # in a channel far from 0 only the differences count
     count, mean, m2 = no_statistics(ROWS, CHANNELS)
     for step in range(0, chunk, ROWS):
         first = begin + step

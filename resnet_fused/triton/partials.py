@@ -93,6 +93,12 @@ def rows_of(first, chunk, M, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def mean_of(x, valid, rows):
+    """[1, CHANNELS], of the valid elements of a tile, in its first `rows` rows."""
+    return tl.sum(tl.where(valid, x, 0.0), 0, keep_dims=True) / rows
+
+
+@triton.jit
 def no_statistics(ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """(count [ROWS, 1], mean, m2 [ROWS, CHANNELS]) of nothing: each place of a tile has its own."""
     zero = tl.zeros((ROWS, CHANNELS), tl.float32)

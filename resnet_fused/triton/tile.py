@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.pointwise import Checks
 
+PROGRAMS = 1024  # of a kernel that sums over rows: eight blocks of eight warps for each multiprocessor of a large GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,9 +87,9 @@ def tiles(M: int, C: int, *activations: Tensor | None, elements: int = 2048) -> 
 
 
 def chunked(M: int, C: int, *activations: Tensor | None) -> Tiles:
-    """For sums over rows: about a thousand programs, and at most that many partial sums, whatever the GPU."""
+    """For sums over rows: about so many programs, and at most that many partial sums, whatever the GPU."""
     by = tiles(M, C, *activations, elements=4096)
-    wanted = max(1024 // -(-C // by.channels), 1)
+    wanted = max(PROGRAMS // -(-C // by.channels), 1)
     chunk = max(-(-M // (wanted * by.rows)), 1) * by.rows
     return replace(by, chunk=chunk)
 

@@ -315,6 +315,13 @@ auto comparable(T x) {
     return x.value();
 }
 
+// One of a register's two halves.
+template <class Pair, bool kHigh>
+struct HalfOf {
+  Pair pair;
+  auto value() const { return (kHigh ? pair.hi : pair.lo).value(); }
+};
+
 template <class T, class F>
 Mask compare(Warp& w, const Instr& i, Mask m) {
   const T *a = w.at<T>(i.a), *b = w.at<T>(i.b);
@@ -338,8 +345,8 @@ Mask combined(Warp& w, const Instr& i, Mask r) {
 }
 
 void setp(Warp& w, const Instr& i, Mask m) {
-  const Mask r = i.compare(w, i, m);
-  const Mask p = combined(w, i, r), q = i.e == kNone ? 0 : combined(w, i, ~r);
+  const Mask r = i.compare(w, i, m), s = i.compare_high ? i.compare_high(w, i, m) : ~r;
+  const Mask p = combined(w, i, r), q = i.e == kNone ? 0 : combined(w, i, s);
   w.set_predicate(i.d, m, p);
   if (i.e != kNone) w.set_predicate(i.e, m, q);
 }
@@ -400,7 +407,13 @@ void decode_compare(Decoder& d) {
     if (d.operand(3).negated) i.flags |= 128;
   }
   auto pick = [&](auto tag) { i.compare = comparison<typename decltype(tag)::type>(op); };
-  if (!with_integer(t, pick) && !with_float(t, pick)) d.fail("cannot compare this type");
+  auto pick_both = [&](auto tag) {
+    using Pair = typename decltype(tag)::type;
+    i.compare = comparison<HalfOf<Pair, false>>(op);
+    i.compare_high = comparison<HalfOf<Pair, true>>(op);
+  };
+  if (!with_integer(t, pick) && !with_float(t, pick) && (value || !with_packed(t, pick_both)))
+    d.fail("cannot compare this type");
   if (!i.compare) d.fail("unknown comparison");
 }
 

@@ -69,7 +69,9 @@ struct Instr {
   uint32_t target = kNone, join = kNone;  // of a branch: where it goes, and where its lanes meet again
   int64_t imm = 0, source_offset = 0;     // the latter of a copy
   Mask (*compare)(Warp&, const Instr&, Mask) = nullptr;  // of setp
-  Handler inner = nullptr;                               // what a handler wraps
+  Mask (*compare_high)(Warp&, const Instr&,
+                       Mask) = nullptr;  // and of packed halves, for the second predicate
+  Handler inner = nullptr;               // what a handler wraps
   Space space = Space::generic;
   Type type = Type::none;
   Round round = Round::nearest_even;
