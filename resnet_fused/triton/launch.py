@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -40,23 +41,23 @@ def _by_triton(
 
 
 _launcher: Launcher = _by_triton
-_wanted = 0
+_wanted = threading.local()
 
 
 def config_wanted() -> int:
     """The number, from 1, of the config that products are to run with; 0: their default."""
-    return _wanted
+    return getattr(_wanted, "config", 0)
 
 
 @contextmanager
 def wanted_config(number: int) -> Iterator[None]:
-    """Within the block products run with their config of this number; they raise IndexError where it does not exist."""
-    global _wanted
-    before, _wanted = _wanted, number
+    """Within the block this thread's products run with their config of this number; they raise IndexError where it does
+    not exist."""
+    before, _wanted.config = config_wanted(), number
     try:
         yield
     finally:
-        _wanted = before
+        _wanted.config = before
 
 
 def launcher_replaced() -> bool:
