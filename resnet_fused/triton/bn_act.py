@@ -72,9 +72,7 @@ def bn_act(
     M, C = matrix(x)
     y = torch.empty_like(x)
     mask = x.new_empty(mask_shape(C, M) if save_mask else (0,), dtype=torch.int32)
-    by = tiles(M, C, x, residual)
-    if residual_stride and residual_offset % by.width:
-        by = by.narrow()
+    by = tiles(M, C, x, residual, offset=residual_offset)
     _, own_C, H, W = (x if residual is None else residual).shape
     operands = (x, scale, shift, residual, residual_scale, residual_shift)
     launch(
