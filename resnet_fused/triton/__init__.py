@@ -1,7 +1,8 @@
 """The ops once more as Triton kernels: torch.ops.resnet_fused_triton.*, with the schemas of torch.ops.resnet_fused.*.
 
-Triton itself is imported when an op first runs. Tensors are on a GPU; on the CPU they are taken where Triton interprets
-its kernels (TRITON_INTERPRET=1 in the environment, before the first call): slow, and bfloat16 truncates there.
+They take float32, bfloat16 and float16. Triton itself is imported when an op first runs. Tensors are on a GPU; on the
+CPU they are taken where Triton interprets its kernels (TRITON_INTERPRET=1 in the environment, before the first call):
+slow, and bfloat16 truncates there. RuntimeError elsewhere, and for arguments that the twin refuses too.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def add_stats_kernel(
 def add_stats(
     x: Tensor, u: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y like x [N, C, H, W], mean, var of y as it is stored, float32 [C])."""
     check = checked("add_stats", "x", x)
     require_rows(check, "x", x)
     check.activation("u", u, x.shape)

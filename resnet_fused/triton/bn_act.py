@@ -62,6 +62,7 @@ def bn_act(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None,
     residual_shift: Tensor | None, relu: bool, save_mask: bool, residual_stride: int = 0, residual_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y like x [N, C, H, W], mask int32 [ceil(C/32), M] or [0]); vectors are float32 [C]."""
     check = pointwise_checks("bn_act", relu, save_mask, x=x)
     check.vectors(x.shape[1], scale=scale, shift=shift)
     _check_residual(check, x, residual, residual_stride, residual_offset)
@@ -71,9 +72,7 @@ def bn_act(
     M, C = matrix(x)
     y = torch.empty_like(x)
     mask = x.new_empty(mask_shape(C, M) if save_mask else (0,), dtype=torch.int32)
-    by = tiles(M, C, x, residual)
-    if residual_stride and residual_offset % by.width:
-        by = by.narrow()
+    by = tiles(M, C, x, residual, offset=residual_offset)
     _, own_C, H, W = (x if residual is None else residual).shape
     operands = (x, scale, shift, residual, residual_scale, residual_shift)
     launch(
@@ -118,6 +117,7 @@ def relu_mask_kernel(y, mask, M, C, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHA
 
 
 def relu_mask(y: Tensor) -> Tensor:
+    """int32 [ceil(C/32), M]: where y [N, C, H, W] has passed a ReLU."""
     checked("relu_mask", "y", y)
     M, C = matrix(y)
     mask = y.new_empty(mask_shape(C, M), dtype=torch.int32)
@@ -173,6 +173,7 @@ def bn_act_backward_reduce(
     dy: Tensor, mask: Tensor | None, x: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     mean: Tensor | None, write_dz: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dz like dy [N, C, H, W] or [0], sum of dz [C], sum of dz * (x - mean) [C] or [0])."""
     _check_backward("bn_act_backward_reduce", dy, mask, x, scale, shift, mean=mean)
     M, C = matrix(dy)
     dz = torch.empty_like(dy) if write_dz else dy.new_empty(0)
@@ -213,6 +214,7 @@ def bn_act_backward_apply(
     dy: Tensor, mask: Tensor | None, x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
     coef_dz: Tensor, coef_x: Tensor, coef_1: Tensor, addend: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """coef_dz * dz + coef_x * (x - mean) + coef_1 [+ addend], like x [N, C, H, W]."""
     coefs = {"mean": mean, "coef_dz": coef_dz, "coef_x": coef_x, "coef_1": coef_1}
     check = _check_backward("bn_act_backward_apply", dy, mask, x, scale, shift, **coefs)
     check.activation("addend", addend, dy.shape)

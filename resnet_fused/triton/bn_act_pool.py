@@ -50,6 +50,7 @@ def bn_act_pool_kernel(
 def bn_act_pool(
     x: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
+    """(y, argmax int8), both [N, C, H', W']; the winner is a tap kh * kernel + kw."""
     check = checked("bn_act_pool", "x", x)
     check.vectors(x.shape[1], scale=scale, shift=shift)
     n, c, h, w = x.shape
@@ -97,6 +98,7 @@ def bn_act_pool_backward_kernel(
 def bn_act_pool_backward(
     dy: Tensor, argmax: Tensor, height: int, width: int, kernel: int, stride: int, padding: int
 ) -> Tensor:
+    """The gradient [N, C, height, width] of what was pooled."""
     check = checked("bn_act_pool_backward", "dy", dy)
     check.winners("argmax", argmax, dy.shape)
     out_h, out_w = _check_pool(check, height, width, kernel, stride, padding)

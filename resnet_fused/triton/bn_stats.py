@@ -33,6 +33,7 @@ def bn_stats_kernel(
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, var), float32 [C], of x [N, C, H, W] with at least one pixel."""
     require_rows(checked("bn_stats", "x", x), "x", x)
     M, C = matrix(x)
     mean, var = vector_like(x, C), vector_like(x, C)

@@ -49,6 +49,7 @@ def gate_act_kernel(
 
 
 def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
+    """(y like v [N, C, H, W], mask int32 [ceil(C/32), M] or [0])."""
     pointwise_checks("gate_act", relu, save_mask, v=v, x=x, f=f)
     M, C = matrix(v)
     y, mask = torch.empty_like(v), v.new_empty(mask_shape(C, M) if save_mask else (0,), dtype=torch.int32)
@@ -80,6 +81,7 @@ def gate_act_backward_kernel(
 def gate_act_backward(
     dy: Tensor, mask: Tensor | None, v: Tensor, x: Tensor, f: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of v, x and f, all like dy [N, C, H, W]."""
     check = pointwise_checks("gate_act_backward", True, False, dy=dy, v=v, x=x, f=f)
     check.mask("mask", mask, dy.shape)
     M, C = matrix(dy)

@@ -53,6 +53,7 @@ def gram_operand_kernel(
 def gram_operand(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, center: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
+    """(a [N, C, ceil(H/stride), ceil(W/stride)] in x's type, its mean float32 [C])."""
     check = checked("gram_operand", "x", x)
     check.together(scale=scale, shift=shift)
     n, c, h, w = x.shape

@@ -58,10 +58,6 @@ class Tiles:
     num_warps: int
     chunk: int = 0  # a multiple of `rows`
 
-    def narrow(self) -> Tiles:
-        """For single elements as accesses."""
-        return replace(self, width=1)
-
     @property
     def chunks(self) -> int:
         return -(-self.M // self.chunk)
@@ -77,13 +73,17 @@ class Tiles:
         return {"WIDTH": self.width, "ROWS": self.rows, "CHANNELS": self.channels}
 
 
-def tiles(M: int, C: int, *activations: Tensor | None, elements: int = 2048) -> Tiles:
-    """Tiles of so many elements, 16 a thread, for a kernel of which `activations` are the operands."""
+def tiles(M: int, C: int, *activations: Tensor | None, elements: int = 2048, offset: int = 0) -> Tiles:
+    """Tiles of so many elements for a kernel of which `activations` are the operands, one from channel `offset` on.
+
+    16 elements a thread, or eight where each is an access of its own: with more of those ptxas spills.
+    """
     given = [t for t in activations if t is not None]
     access = 16 // given[0].element_size()
-    width = access if all(t.shape[1] % access == 0 for t in given) else 1
+    width = 1 if any(t.shape[1] % access for t in given) or offset % access else access
     channels = min(max(triton.next_power_of_2(C), 32), 128)
-    return Tiles(M, C, width, elements // channels, channels, elements // (32 * 16))
+    rows = elements // channels // (2 if width == 1 else 1)
+    return Tiles(M, C, width, rows, channels, elements // (32 * 16))
 
 
 def chunked(M: int, C: int, *activations: Tensor | None) -> Tiles:
