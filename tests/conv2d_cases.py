@@ -8,7 +8,19 @@ from typing import NamedTuple
 
 import torch
 from op_cases import activation, nhwc, vector
-from pointwise_cases import Arguments, activated, columns, empty, gated, mask_of, masked, scale, summed
+from pointwise_cases import (
+    BACKWARD,
+    Arguments,
+    activated,
+    backward,
+    columns,
+    empty,
+    gated,
+    mask_of,
+    masked,
+    scale,
+    summed,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,18 +130,6 @@ def conv2d_bn_act(
     z = columns(out_scale) * convolved(activated(x, scale, shift), weight, geometry) + columns(out_shift)
     z = z if residual is None else z + residual
     return ((F.relu(z) if relu else z).to(x.dtype),)
-
-
-BACKWARD = ("dy", "mask", "u", "scale", "shift", "mean", "coef_dz", "coef_x", "coef_1")
-
-
-def backward(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1) -> Tensor:
-    dz = masked(dy, mask)
-    if u is None:
-        return dz
-    if scale is not None:
-        dz = gated(dz, u, scale, shift)
-    return (columns(coef_dz) * dz + columns(coef_x) * (u - columns(mean)) + columns(coef_1)).to(dy.dtype)
 
 
 def conv2d_dgrad(

@@ -9,29 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import plans
+from resnet_fused import costs, plans
 from resnet_fused.plans import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 # csrc/gemm/gemm.h: the ends of symbols, in the order in which a problem's `tile` counts them from 1.
 ROWS_TILES = ("256x128x64", "256x128x32", "128x128x32", "128x64x32", "resident")
 PIXELS_TILES = ("128x128x32", "64x64x32")
-
-# Buffers by op. One letter: a float32 vector; two: a matrix, 16-bit, "#" bits in panels, "." float32. Of its letters
-# C, K and D (C2) are channels; pixels are p: all of x, s: the strided ones, P and Q: all of x and x2, of which the
-# strided ones are accessed.
-_BACKWARD = "u:sK mask:#sK scale:K shift:K mean:K coef_dz:K coef_x:K coef_1:K"
-_LAYOUTS = {
-    "conv1x1": "x:PC scale:C shift:C weight:KC out:sK mean:K var:K",
-    "conv1x1_dgrad": f"dy:sK {_BACKWARD} weight:KC addend:pC addend_mask:#pC gate_u:pC gate_scale:C gate_shift:C "
-    "gate_mean:C dx:pC sum_dz:C sum_dz_xc:C",
-    "conv1x1_wgrad": f"dy:sK {_BACKWARD} x:PC x_scale:C x_shift:C dw:KC sum_dz:K",
-    "gram": "x:PC scale:C shift:C center:C cov:.CC mean:C",
-    "expand": "x:pC scale:C shift:C weight:KC out_scale:K out_shift:K x2:QD weight2:KD out_scale2:K residual:pK y:pK "
-    "mask:#pK",
-    "expand_dgrad": "dy:sK mask:#sK weight:KC x:PC scale:C shift:C q:CC constant:C mean:C addend:pC addend_mask:#pC "
-    "dx:pC sum_dz:C sum_dz_xc:C",
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +81,7 @@ class Gemm:
         return pixels[:, :: self.stride, :: self.stride].flatten()
 
     def _layout(self, name: str) -> str:
-        return dict(entry.split(":") for entry in _LAYOUTS[self.op].split())[name]
+        return costs.Buffer.of(self.op)[name].layout
 
     def shape(self, name: str, problem: Mapping[str, Any]) -> list[int]:
         """Of a buffer; of a mask, that of the matrix whose bits it has."""

@@ -65,6 +65,19 @@ def gated(dx: Tensor, u: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return dx * (columns(scale) * u + columns(shift) > 0)
 
 
+BACKWARD = ("dy", "mask", "u", "scale", "shift", "mean", "coef_dz", "coef_x", "coef_1")
+
+
+def backward(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1) -> Tensor:
+    """What a convolution's backward reads: dy, dy * mask, or with u the gradient of a batch norm's input."""
+    dz = masked(dy, mask)
+    if u is None:
+        return dz
+    if scale is not None:
+        dz = gated(dz, u, scale, shift)
+    return (columns(coef_dz) * dz + columns(coef_x) * (u - columns(mean)) + columns(coef_1)).to(dy.dtype)
+
+
 def dgrad(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     shape = (dy.shape[0], weight.shape[1], height, width)
     return torch.nn.grad.conv2d_input(shape, weight, dy, stride=stride)

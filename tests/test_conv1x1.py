@@ -9,6 +9,7 @@ import torch
 from device import Device
 from op_cases import acc_of, activation, nhwc, ops, vector
 from pointwise_cases import (
+    BACKWARD,
     DENSE,
     HALVES,
     Arguments,
@@ -16,7 +17,7 @@ from pointwise_cases import (
     assert_close,
     assert_dense,
     assert_refused,
-    columns,
+    backward,
     compare,
     dgrad,
     dtypes,
@@ -54,18 +55,6 @@ def conv1x1(x, weight, scale, shift, stride, stats) -> tuple[Tensor, ...]:
         return out, empty(x), empty(x)
     wide = out.to(acc_of(x.dtype))
     return out, wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
-
-
-def backward(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1) -> Tensor:
-    dz = masked(dy, mask)
-    if u is None:
-        return dz
-    if scale is not None:
-        dz = gated(dz, u, scale, shift)
-    return (columns(coef_dz) * dz + columns(coef_x) * (u - columns(mean)) + columns(coef_1)).to(dy.dtype)
-
-
-BACKWARD = ("dy", "mask", "u", "scale", "shift", "mean", "coef_dz", "coef_x", "coef_1")
 
 
 def conv1x1_dgrad(

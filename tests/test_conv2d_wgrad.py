@@ -11,9 +11,8 @@ import wgrad_cases
 from compiled import module
 from device import ARCHES, Device
 from op_cases import activation, ops, vector
-from pointwise_cases import Arguments, activated, assert_refused, compare, dtypes, mask_of, scale
+from pointwise_cases import BACKWARD, Arguments, activated, assert_refused, backward, compare, dtypes, mask_of, scale
 from ptx import Stats
-from test_conv1x1 import BACKWARD, backward
 from torch import Tensor
 from wgrad_cases import TILES
 

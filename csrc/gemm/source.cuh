@@ -149,7 +149,8 @@ struct DownRows {
     }
   }
 
-  __device__ int64_t step() const { return 2 * static_cast<int64_t>(Tile::kRows) * C; }  // bytes to the next tile
+  // Bytes to the next tile.
+  __device__ int64_t step() const { return 2 * static_cast<int64_t>(Tile::kRows) * C; }
   __device__ void load(uint32_t slot, const PixelMap& map, int thread) { load(slot, map, thread, step()); }
   __device__ void load(uint32_t slot, const PixelMap& map, int thread, int64_t step) {
     const uint32_t to = slot + Tile::own(thread, 0);
