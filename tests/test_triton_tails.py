@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import test_add_stats
+import test_concat_act
 import test_device
 import test_gate_act
 import torch
 import torch.nn.functional as F
 from device import COMPILED_TRITON, Device
-from op_cases import activation, nhwc, ops, same_bits, vector
+from op_cases import activation, bits, nhwc, ops, same_bits, vector
 from test_device import SHAPES, Op, check_op, like, named, packed, v, with_bits
 from test_large_tensors import reserve
 from test_ops_registration import STEPS, samples
@@ -56,12 +57,42 @@ def gate_plain(v: Tensor, x: Tensor, f: Tensor, relu: bool, save_mask: bool) -> 
     return y, (y > 0).float()
 
 
+def other(x: Tensor) -> Tensor:
+    """What stands in front of x: of more channels, by a number that keeps accesses what they are."""
+    n, c, h, w = x.shape
+    return activation(n, c + 8, h, w, x.dtype)
+
+
+def wider(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return activation(n, 2 * c + 8, h, w, x.dtype)
+
+
+def concat_with_bits(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y, mask = ops.concat_act(x, *rest)
+    return y, bits(mask.cpu(), y.cpu()[:, x.shape[1] :]).float()
+
+
+def concat_plain(*args: Any) -> tuple[Tensor, Tensor]:
+    (y,) = test_concat_act.forward(*args)
+    return y, (y[:, args[0].shape[1] :] > 0).float()
+
+
 OPS = test_device.OPS | {
     "pool, overlapping": pooling(5, 2, 2),
     "pool, with gaps": pooling(2, 3, 0),
     "gate_act": Op(with_bits(ops.gate_act), gate_plain, gate_forward),
     "gate_act_backward": Op(
         ops.gate_act_backward, test_gate_act.backward, lambda x: (like(x), packed(x), x, like(x), like(x))
+    ),
+    "concat_act": Op(concat_with_bits, concat_plain, lambda x: (other(x), x, v(x), v(x), True, True)),
+    "concat_act_backward": Op(
+        ops.concat_act_backward,
+        test_concat_act.backward,
+        lambda x: (wider(x), packed(x), x, v(x), other(x).shape[1]),
+    ),
+    "concat_act_backward, plain": Op(
+        ops.concat_act_backward, test_concat_act.backward, lambda x: (wider(x), None, None, None, other(x).shape[1])
     ),
     "add_stats": Op(ops.add_stats, test_add_stats.plain, lambda x: (x, like(x), None, None)),
     "add_stats, affine": Op(ops.add_stats, test_add_stats.plain, lambda x: (x, like(x), v(x), v(x))),

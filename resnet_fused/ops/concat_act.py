@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .autograd import fake, forbid_gradients
+from .autograd import differentiable, fake, forbid_gradients
 from .layout import acc_dtype, empty_nhwc, mask_shape, to_nhwc
-
-_ops = torch.ops.resnet_fused
 
 
 @fake("concat_act")
@@ -37,15 +37,15 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(u, scale, mask if save_mask else (y if relu else None))
 
 
-def _backward(ctx, dy: Tensor, _dmask: Tensor):
+def _backward(ops: Any, ctx: Any, dy: Tensor, _dmask: Tensor):
     u, scale, gate = ctx.saved_tensors
     mask = gate
     if gate is not None and not ctx.saved_mask:
-        mask = _ops.relu_mask(to_nhwc(gate[:, ctx.before :]))
+        mask = ops.relu_mask(to_nhwc(gate[:, ctx.before :]))
     zero = torch.zeros_like(scale)
-    dz, dshift, dscale = _ops.concat_act_backward(to_nhwc(dy), mask, u, zero, ctx.before)
-    du = _ops.bn_act(dz, scale, zero, None, None, None, False, False)[0]
+    dz, dshift, dscale = ops.concat_act_backward(to_nhwc(dy), mask, u, zero, ctx.before)
+    du = ops.bn_act(dz, scale, zero, None, None, None, False, False)[0]
     return dy[:, : ctx.before], du, dscale, dshift, None, None
 
 
-torch.library.register_autograd("resnet_fused::concat_act", _backward, setup_context=_setup)
+differentiable("concat_act", _backward, _setup)

@@ -24,6 +24,7 @@ _OPS = {
     "bn_stats": ("bn_stats",),
     "bn_act": ("bn_act", "relu_mask", "bn_act_backward_reduce", "bn_act_backward_apply"),
     "add_stats": ("add_stats",),
+    "concat_act": ("concat_act", "concat_act_backward"),
     "gate_act": ("gate_act", "gate_act_backward"),
     "gram_operand": ("gram_operand",),
     "bn_act_pool": ("bn_act_pool", "bn_act_pool_backward"),

@@ -12,6 +12,7 @@ from ..ops.pointwise import Checks, strided, vector_like
 from .launch import launch
 from .partials import empty_partials, sum_partials
 from .tile import (
+    Tiles,
     affine,
     check_rows,
     checked,
@@ -142,10 +143,12 @@ def gated(dy, mask, x, scale, shift, first, left, c0, c, C, M, ROWS: tl.constexp
 
 @triton.jit
 def bn_act_backward_reduce_kernel(
-    dy, mask, x, scale, shift, mean, dz, partial, M, C, chunk,
+    dy, mask, x, scale, shift, mean, dz, partial, M, C, dy_pitch, chunk,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """dy_pitch: elements from one row of dy to the next."""
     C = whole(C, WIDTH)
+    dy_pitch = whole(dy_pitch, WIDTH)
     begin, c0 = place(C, chunk, CHANNELS)
     c = c0 + tl.arange(0, CHANNELS)
     sum_dz = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -154,7 +157,7 @@ def bn_act_backward_reduce_kernel(
         first = begin + step
         valid, left = inside(first, M, c, C, ROWS)
         at = first * C + offsets(c, C, ROWS)
-        g = tl.load(dy + at, valid, other=0.0).to(tl.float32)
+        g = tl.load(dy + first * dy_pitch + offsets(c, dy_pitch, ROWS), valid, other=0.0).to(tl.float32)
         u = None if x is None else tl.load(x + at, valid, other=0.0).to(tl.float32)
         g = gated(g, mask, u, scale, shift, first, left, c0, c, C, M, ROWS, CHANNELS)
         sum_dz += g
@@ -175,20 +178,29 @@ def bn_act_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz like dy [N, C, H, W] or [0], sum of dz [C], sum of dz * (x - mean) [C] or [0])."""
     _check_backward("bn_act_backward_reduce", dy, mask, x, scale, shift, mean=mean)
-    M, C = matrix(dy)
     dz = torch.empty_like(dy) if write_dz else dy.new_empty(0)
+    by = chunked(*matrix(dy), dy, x)
+    return dz, *reduce(dy, dy.shape[1], mask, x, scale, shift, mean, dz if write_dz else None, by)
+
+
+def reduce(
+    dy: Tensor, dy_pitch: int, mask: Tensor | None, x: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    mean: Tensor | None, dz: Tensor | None, by: Tiles,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sums of `bn_act_backward_reduce`, and dz into a tensor if there is one; rows of dy are dy_pitch elements
+    apart."""
+    M, C = matrix(dy)
     sum_dz, sum_dz_xc = vector_like(dy, C), vector_like(dy, C, mean is not None)
-    by = chunked(M, C, dy, x)
     partial = empty_partials(sum_dz, by, 1 if mean is None else 2)
     launch(
         bn_act_backward_reduce_kernel,
         by.grid,
-        (dy, mask, x, scale, shift, mean, dz if write_dz else None, partial, M, C, by.chunk),
+        (dy, mask, x, scale, shift, mean, dz, partial, M, C, dy_pitch, by.chunk),
         by.constexprs,
         by.num_warps,
     )
     sum_partials(by, partial, sum_dz, None if mean is None else sum_dz_xc)
-    return dz, sum_dz, sum_dz_xc
+    return sum_dz, sum_dz_xc
 
 
 @triton.jit
