@@ -63,7 +63,7 @@ def concat_act(
 def concat_act_backward(
     dy: Tensor, mask: Tensor | None, u: Tensor | None, mean: Tensor | None, before: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz [N, K, H, W] of dy's channels behind the first `before`, sum of dz [K], sum of dz * (u - mean) [K] or [0])."""
+    """(dz [N, K, H, W] of dy's channels behind the first `before`, its sum [K], that of dz * (u - mean) [K] or [0])."""
     check = checked("concat_act_backward", "dy", dy)
     n, channels, h, w = dy.shape
     check.require(
