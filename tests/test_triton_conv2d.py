@@ -79,6 +79,13 @@ def test_dgrad_of_every_geometry(geometry: Geometry, device: Device) -> None:
     op.test_dgrad_of_every_geometry(geometry, device)
 
 
+@pytest.mark.parametrize("name", COMPILED_TRITON)
+def test_dgrad_of_pixels_that_nothing_reads(name: str) -> None:
+    """Fewer channels than a step has: what a phase without taps loads would lie behind the weights."""
+    problem = Problem(2, 8, 5, 4, 8, Geometry((1, 1), 2, (0, 0)))
+    op.test_dgrad_of_every_problem(problem, Device(name))
+
+
 WGRADS = [(wgrad.PROBLEMS[1], "bn gate", True), (wgrad.GEOMETRIES[22], "bn mask", True)]
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-MAX_PIXELS = 2**31 - 1
+MAX_PIXELS = 2**31 - 2**10  # with room for a tile's rows beyond the last
 _SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB that a program may have; others 99
 _ENOUGH = 128  # programs: about as many as a GPU has multiprocessors
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..ops.expand import check_expand, check_expand_dgrad
 from ..ops.layout import empty_nhwc, mask_shape
 from ..ops.pointwise import strided, vector_like
-from . import window
 from .bn_act import relu_mask
 from .configs import Product, check_operands, default, options, require_pixels
 from .gemm import load_vector, passes, relu, store_added, store_bits, store_gated, whole
@@ -20,7 +19,6 @@ from .rows import convolved, input_pixels, input_tile, output_tile, transposed
 from .tile import Tiles
 from .window import Window
 
-POINTWISE = tl.constexpr(window.POINTWISE)
 PANEL = 32  # channels of a mask's word
 
 
@@ -58,11 +56,11 @@ def bn_act_kernel(
 @triton.jit
 def expand_dgrad_kernel(
     dy, mask, weight, x, scale, shift, q, constant, mean, addend, addend_mask, dx, partial, N, H, W, C, K, P, Q,
-    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    EVEN2: tl.constexpr, ONCE: tl.constexpr,
+    WINDOW: tl.constexpr, WINDOW2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, EVEN2: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """da = (dy * mask) W + a q + constant at the pixels that dy [N, P, Q, K] read, with a = relu(scale*x + shift) or x;
-    dx [N, H, W, C] is da gated by a's ReLU, with its sums to partial, or da + addend * addend_mask."""
+    dx [N, H, W, C] is da gated by a's ReLU, with its sums to partial, or da + addend * addend_mask. WINDOW2: q's."""
     C, K = whole(C), whole(K)
     tile, group, m, n, phase = input_tile(N, H, W, C, WINDOW, BM, BN)
     rows, h, w, pixel = input_pixels(m, phase, N, H, W, WINDOW)
@@ -72,7 +70,7 @@ def expand_dgrad_kernel(
     )  # fmt: skip
     exists = n < C
     # q is symmetric: its row n is what a 1x1 convolution's output channel n multiplies.
-    acc = convolved(acc, x, scale, shift, q, pixel, n, 0, N * H * W, H, W, C, C, H, W, POINTWISE, BK, EVEN2, ONCE)
+    acc = convolved(acc, x, scale, shift, q, pixel, n, 0, N * H * W, H, W, C, C, H, W, WINDOW2, BK, EVEN2, ONCE)
     acc = tl.where(read, acc + load_vector(constant, n, exists, False)[None, :], 0.0)
     if scale is not None:
         at = pixel.to(tl.int64) * C
@@ -149,8 +147,8 @@ def expand_dgrad(
             *(dy, mask, weight, x, scale, shift, q, constant, mean, addend, addend_mask, dx, partial),
             *(n, h, w, c, k, *dy.shape[2:]),
         ],
-        {"WINDOW": window, "EVEN": k % config.k == 0, "EVEN2": c % config.k == 0, "ONCE": product.once}
-        | config.constexprs,
+        {"WINDOW": window, "WINDOW2": Window(), "EVEN": k % config.k == 0, "EVEN2": c % config.k == 0}
+        | {"ONCE": product.once, **config.constexprs},
         **options(config),
     )
     if partial is not None:

@@ -69,8 +69,9 @@ def row_bits(mask, m, exists, first, C, M, COLUMNS: tl.constexpr, ALIGNED: tl.co
     words = mask + (first // 32).to(tl.int64) * M + m
     bits = tl.load(words, exists, other=0)[:, None]
     for panel in tl.static_range(1, (COLUMNS - 1) // 32 + (1 if ALIGNED else 2)):
-        later = exists & (first // 32 + panel < tl.cdiv(C, 32))
-        bits = tl.where((at < 32 * panel)[None, :], bits, tl.load(words + panel * M, later, other=0)[:, None])
+        words += M
+        later = tl.load(words, exists & (first // 32 + panel < tl.cdiv(C, 32)), other=0)[:, None]
+        bits = tl.where((at < 32 * panel)[None, :], bits, later)
     return bits >> (at % 32)[None, :] & 1
 
 

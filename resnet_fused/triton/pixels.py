@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, Product, check_operands, configs, default, options, require_pixels
+from .configs import Config, Product, check_operands, default, options, require_pixels
 from .gemm import activated, bn_backward, load_vector, tile_of, whole
 from .launch import arch_of, launch
 from .window import Window
@@ -23,7 +25,8 @@ def column_bits(mask, i, m, exists, C, M, BI: tl.constexpr, BM: tl.constexpr):
     words = mask + first.to(tl.int64) * M + m
     bits = tl.load(words, exists, other=0)[None, :]
     for panel in tl.static_range(1, (BI + 30) // 32 + 1):
-        later = tl.load(words + panel * M, exists & (first + panel < tl.cdiv(C, 32)), other=0)[None, :]
+        words += M
+        later = tl.load(words, exists & (first + panel < tl.cdiv(C, 32)), other=0)[None, :]
         bits = tl.where((i // 32 < first + panel)[:, None], bits, later)
     return bits >> (i % 32)[:, None] & 1
 
@@ -192,11 +195,22 @@ _PROGRAMS = 512  # a few for each of a GPU's multiprocessors, on any: how sums a
 _LEAST_PIXELS = 128  # of a split: else its sums weigh more than its operands
 
 
-def split(product: Product, config: Config) -> tuple[int, int]:
+def default_of_splits(product: Product) -> Config:
+    """The default where programs share the pixels, product.k, too: large tiles have enough of them."""
+    return default(replace(product, count=product.count * triton.cdiv(product.k, _LEAST_PIXELS)))
+
+
+def gram_configs(C: int) -> list[Config]:
+    """Square tiles, the default first."""
+    large, small = Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3)
+    return [large, small] if C > 64 else [small]
+
+
+def split(tiles: int, pixels: int, step: int) -> tuple[int, int]:
     """How many splits of the pixels, and how many pixels, a multiple of a step's, each has."""
-    wanted = max(_PROGRAMS // product.programs(config), 1)
-    each = triton.cdiv(max(triton.cdiv(product.k, wanted), _LEAST_PIXELS), config.k) * config.k
-    return triton.cdiv(product.k, each), each
+    wanted = max(_PROGRAMS // tiles, 1)
+    each = triton.cdiv(max(triton.cdiv(pixels, wanted), _LEAST_PIXELS), step) * step
+    return triton.cdiv(pixels, each), each
 
 
 def sum_splits(partial: Tensor, out: Tensor) -> None:
@@ -218,10 +232,9 @@ def wgrad(
     product = Product(
         k // groups, c // groups, m, arch_of(dy), 1 if u is None else 2, transforms, groups * window.taps
     )  # fmt: skip
-    config = default(product)
-    splits, each = split(product, config)
-    wide = torch.float32
-    partial = dw.new_empty((splits, dw.numel()), dtype=wide)
+    config = default_of_splits(product)
+    splits, each = split(product.programs(config), m, config.k)
+    partial = dw.new_empty((splits, dw.numel()), dtype=torch.float32)
     partial_sums = None if sums is None else sums.new_empty((splits, k))
     launch(
         wgrad_kernel,
@@ -234,7 +247,7 @@ def wgrad(
         **options(config),
     )
     sum_splits(partial, dw)
-    if sums is not None:
+    if sums is not None and partial_sums is not None:
         sum_splits(partial_sums, sums)
 
 
@@ -245,17 +258,16 @@ def gram_of_pixels(x: Tensor, scale, shift, center: Tensor, window: Window) -> t
     m = n * p * q
     check_operands("gram", x, C=c)
     require_pixels("gram", m, "take statistics of")
-    product = Product(c, c, m, arch_of(x), 1, True)
-    config = next(tile for tile in configs(product) if tile.m == tile.n or tile.n >= c)
-    side = min(config.m, config.n)
-    tiles = triton.cdiv(c, side)
-    splits, each = split(product, config._replace(m=side, n=side))
+    config, product = gram_configs(c)[0], Product(c, c, m, arch_of(x), transforms=True)
+    across = triton.cdiv(c, config.m)
+    tiles = across * (across + 1) // 2
+    splits, each = split(tiles, m, config.k)
     partial, sums = center.new_empty((splits, c, c)), center.new_empty((splits, c))
     launch(
         gram_kernel,
-        (tiles * (tiles + 1) // 2, splits),
+        (tiles, splits),
         (x, scale, shift, center, partial, sums, m, h, w, c, p, q, each),
-        {"WINDOW": window, "ONCE": product.once, "BM": side, "BK": config.k},
+        {"WINDOW": window, "ONCE": product.once, "BM": config.m, "BK": config.k},
         **options(config),
     )
     mean, cov = center.new_empty((c,)), center.new_empty((c, c))

@@ -153,16 +153,14 @@ def first_tap(h, PADDING: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.const
 
 @triton.jit
 def phase_taps(phase, WINDOW: tl.constexpr):
-    """Down and across, the first of a phase's taps and how many there are; they are tap_h and tap_w apart."""
-    r = first_tap(
-        phase // WINDOW.stride_w, WINDOW.padding_h, WINDOW.dilation_h, WINDOW.stride_h, WINDOW.tap_h
-    )  # fmt: skip
-    s = first_tap(phase % WINDOW.stride_w, WINDOW.padding_w, WINDOW.dilation_w, WINDOW.stride_w, WINDOW.tap_w)
-    down, across = (
-        tl.cdiv(tl.maximum(WINDOW.R - r, 0), WINDOW.tap_h),
-        tl.cdiv(tl.maximum(WINDOW.S - s, 0), WINDOW.tap_w),
-    )
-    return r, s, down, across
+    """Down and across, the first of a phase's taps and how many there are, tap_h and tap_w apart; 0 if it has none."""
+    h, w = phase // WINDOW.stride_w, phase % WINDOW.stride_w
+    r = first_tap(h, WINDOW.padding_h, WINDOW.dilation_h, WINDOW.stride_h, WINDOW.tap_h)
+    s = first_tap(w, WINDOW.padding_w, WINDOW.dilation_w, WINDOW.stride_w, WINDOW.tap_w)
+    down = tl.cdiv(tl.maximum(WINDOW.R - r, 0), WINDOW.tap_h)
+    across = tl.cdiv(tl.maximum(WINDOW.S - s, 0), WINDOW.tap_w)
+    read = (down > 0) & (across > 0)
+    return tl.where(read, r, 0), tl.where(read, s, 0), down, across
 
 
 @triton.jit

@@ -66,6 +66,3 @@ class Window:
             (h + 2 * self.padding_h - self.dilation_h * (self.R - 1) - 1) // self.stride_h + 1,
             (w + 2 * self.padding_w - self.dilation_w * (self.S - 1) - 1) // self.stride_w + 1,
         )
-
-
-POINTWISE = Window()
