@@ -32,14 +32,14 @@ class Config(NamedTuple):
 @dataclass(frozen=True)
 class Product:
     """[m, n], summed over k, `count` times. `left`: how many tensors its left operand is made of on load;
-    `transforms`: whether either operand is not multiplied as it is; arch: compute capability, times ten."""
+    `transforms`: how many tensors are not multiplied as they are; arch: compute capability, times ten."""
 
     m: int
     n: int
     k: int
     arch: int
     left: int = 1
-    transforms: bool = False
+    transforms: int = 0
     count: int = 1
 
     @property
@@ -51,7 +51,7 @@ class Product:
     def once(self) -> bool:
         """Whether what is transformed goes through shared memory once more, instead of being transformed by all warps
         that hold it in their fragments."""
-        return self.transforms and not self.fragments_from_shared
+        return self.transforms > 0 and not self.fragments_from_shared
 
     def programs(self, c: Config) -> int:
         return triton.cdiv(self.m, c.m) * triton.cdiv(self.n, c.n) * self.count
@@ -72,9 +72,9 @@ def configs(product: Product) -> list[Config]:
 
 def _fitting(product: Product) -> Iterator[Config]:
     """From the largest tile to the smallest."""
-    plain = product.left == 1 and not product.transforms
+    steps = (64, 32) if product.transforms <= 1 else (32, 64)  # registers, of which transformations take many
     for m, n, warps in ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)):
-        for k in (64, 32) if plain else (32, 64):
+        for k in steps:
             config = Config(m, min(n, _padded(product.n)), min(k, _padded(product.k)), warps, 3)
             if product.shared(config) <= _SHARED.get(product.arch, 99) * 1024:
                 yield config

@@ -93,7 +93,7 @@ def bn_act(
     _, c2, h2, w2 = (x if x2 is None else x2).shape
     check_operands(op, x, y, C=c // groups, K=k // groups, C2=8 if x2 is None else c2)
     mask = x.new_empty(mask_shape(k, m) if save_mask else (0,), dtype=torch.int32)
-    product = Product(m, k // groups, c // groups, arch_of(x), 1, scale is not None, groups)
+    product = Product(m, k // groups, c // groups, arch_of(x), 1, int(scale is not None), groups)
     config = default(product)
     config = config._replace(n=max(config.n, PANEL))
     packs = save_mask and (groups == 1 or product.n % PANEL == 0)  # else a word has bits of several programs
@@ -135,7 +135,7 @@ def expand_dgrad(
         require_pixels("expand_dgrad", x.numel(), "sum over")
     window = Window(stride_h=stride, stride_w=stride)
     dx = torch.empty_like(x)
-    product = Product(n * strided(h, stride) * strided(w, stride), c, max(c, k), arch_of(x), 1, True)
+    product = Product(n * strided(h, stride) * strided(w, stride), c, max(c, k), arch_of(x), 1, transforms=2)
     config = default(product)
     sums = vector_like(x, c, gated), vector_like(x, c, gated)
     by = Tiles(triton.cdiv(product.m, config.m), c, 8, 1, config.n, config.warps, chunk=1)

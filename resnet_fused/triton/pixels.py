@@ -19,12 +19,12 @@ _BLOCK = 256  # elements of a program that adds up splits
 
 
 @triton.jit
-def column_bits(mask, i, m, exists, C, M, BI: tl.constexpr, BM: tl.constexpr):
-    """[BI, BM]: 1 where channel i of pixel m passed, from bit panels [ceil(C/32), M]."""
+def column_bits(mask, i, m, exists, C, M, BI: tl.constexpr, ALIGNED: tl.constexpr):
+    """[BI, pixels]: 1 where channel i of pixel m passed, from bit panels [ceil(C/32), M]; ALIGNED: as in row_bits."""
     first = tl.min(i, 0) // 32
     words = mask + first.to(tl.int64) * M + m
     bits = tl.load(words, exists, other=0)[None, :]
-    for panel in tl.static_range(1, (BI + 30) // 32 + 1):
+    for panel in tl.static_range(1, (BI - 1) // 32 + (1 if ALIGNED else 2)):
         words += M
         later = tl.load(words, exists & (first + panel < tl.cdiv(C, 32)), other=0)[None, :]
         bits = tl.where((i // 32 < first + panel)[:, None], bits, later)
@@ -83,7 +83,7 @@ def wgrad_kernel(
         inside = exists[None, :] & own_i[:, None]
         du = tl.load(dy + left, inside, other=0.0)
         if mask is not None:
-            du = tl.where(column_bits(mask, i, m, exists, K, M, BM, BK) != 0, du, 0.0)
+            du = tl.where(column_bits(mask, i, m, exists, K, M, BM, WINDOW.groups == 1) != 0, du, 0.0)
         if sums is not None:
             total += du.to(tl.float32)
         if u is not None:
@@ -228,10 +228,8 @@ def wgrad(
     groups, m = window.groups, n * p * q
     check_operands(op, dy, x, C=c // groups, K=k // groups)
     require_pixels(op, m, "sum over")
-    transforms = any(t is not None for t in (mask, u, x_scale))
-    product = Product(
-        k // groups, c // groups, m, arch_of(dy), 1 if u is None else 2, transforms, groups * window.taps
-    )  # fmt: skip
+    left, transforms = 1 if u is None else 2, sum(t is not None for t in (mask, u, u, x_scale, x_scale))
+    product = Product(k // groups, c // groups, m, arch_of(dy), left, transforms, groups * window.taps)
     config = default_of_splits(product)
     splits, each = split(product.programs(config), m, config.k)
     partial = dw.new_empty((splits, dw.numel()), dtype=torch.float32)
@@ -258,7 +256,7 @@ def gram_of_pixels(x: Tensor, scale, shift, center: Tensor, window: Window) -> t
     m = n * p * q
     check_operands("gram", x, C=c)
     require_pixels("gram", m, "take statistics of")
-    config, product = gram_configs(c)[0], Product(c, c, m, arch_of(x), transforms=True)
+    config, product = gram_configs(c)[0], Product(c, c, m, arch_of(x), transforms=2)
     across = triton.cdiv(c, config.m)
     tiles = across * (across + 1) // 2
     splits, each = split(tiles, m, config.k)

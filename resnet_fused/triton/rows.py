@@ -278,7 +278,7 @@ def fprop(op: str, x: Tensor, weight: Tensor, scale, shift, window: Window, stat
     check_operands(op, x, out, C=c // window.groups, K=k // window.groups)
     if stats:
         require_pixels(op, m, "take statistics of")
-    product = Product(m, k // window.groups, c // window.groups, arch_of(x), 1, scale is not None, window.groups)
+    product = Product(m, k // window.groups, c // window.groups, arch_of(x), 1, int(scale is not None), window.groups)
     config = default(product)
     by = Tiles(m, k, 8, config.m, config.n, config.warps, chunk=config.m)
     mean, var = vector_like(x, k, stats), vector_like(x, k, stats)
