@@ -228,7 +228,7 @@ def wgrad(
     groups, m = window.groups, n * p * q
     check_operands(op, dy, x, C=c // groups, K=k // groups)
     require_pixels(op, m, "sum over")
-    left, transforms = 1 if u is None else 2, sum(t is not None for t in (mask, u, u, x_scale, x_scale))
+    left, transforms = 1 if u is None else 2, 2 * sum(t is not None for t in (mask, u, x_scale))
     product = Product(k // groups, c // groups, m, arch_of(dy), left, transforms, groups * window.taps)
     config = default_of_splits(product)
     splits, each = split(product.programs(config), m, config.k)
