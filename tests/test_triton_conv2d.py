@@ -11,7 +11,7 @@ import torch
 from conv2d_cases import GEOMETRIES, GROUPED, PROBLEMS, Geometry, Problem, forward_arguments
 from device import COMPILED_TRITON, Device
 from pointwise_cases import assert_refused
-from triton_cases import cases
+from triton_cases import cases, others
 from triton_cases import device as device  # a fixture
 
 # Stride 2 with a dilation of 2: a phase has all taps, the others none.
@@ -33,7 +33,7 @@ def test_fprop_of_every_geometry(geometry: Geometry, device: Device) -> None:
     op.test_fprop_of_every_geometry(geometry, device)
 
 
-@pytest.mark.parametrize("problem", [GROUPED[1], *(pytest.param(g, marks=pytest.mark.slow) for g in GROUPED)], ids=str)
+@pytest.mark.parametrize("problem", [GROUPED[1], *others(GROUPED, GROUPED[1])], ids=str)
 def test_groups(problem: Problem, device: Device) -> None:
     op.test_groups(problem, device)
 
@@ -74,7 +74,7 @@ def test_dgrad_of_every_problem(problem: Problem, device: Device) -> None:
     op.test_dgrad_of_every_problem(problem, device)
 
 
-@pytest.mark.parametrize("geometry", [DILATED, *(pytest.param(g, marks=pytest.mark.slow) for g in GEOMETRIES)], ids=str)
+@pytest.mark.parametrize("geometry", [DILATED, *others(GEOMETRIES, DILATED)], ids=str)
 def test_dgrad_of_every_geometry(geometry: Geometry, device: Device) -> None:
     op.test_dgrad_of_every_geometry(geometry, device)
 

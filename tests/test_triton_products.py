@@ -18,9 +18,11 @@ from op_cases import ops
 from pointwise_cases import Arguments, assert_elements
 from test_ops_registration import samples
 from torch import Tensor
+from triton_cases import cases
 from triton_launchers import Assembler, ByTriton, interpreted
 
 from resnet_fused import triton
+from resnet_fused.kernels import Kernel
 from resnet_fused.triton import launch
 from resnet_fused.triton.configs import Config, Product, configs
 
@@ -72,17 +74,19 @@ def test_agrees_with_the_other_kernels(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ the machine code
 
 
+def faults(kernel: Kernel) -> list[str]:
+    """Without the atomics on shared memory with which a program of Blackwell gets its tensor memory."""
+    on_global = any(re.match(r"(ATOM|RED)G?(\.|$)", opcode) for opcode in kernel.opcodes)
+    return [fault for fault in kernel.faults if fault != "atomics" or on_global or kernel.arch != "sm_100"]
+
+
 @pytest.mark.parametrize("cc", ARCHES)
 @pytest.mark.parametrize(
     ("name", "c", "k"),
-    [
-        ("conv1x1_dgrad", 256, 256),
-        ("conv2d_wgrad", 128, 128),
-        ("expand", 64, 256),
-        *(pytest.param(name, 256, 256, marks=pytest.mark.slow) for name in triton.PRODUCTS),
-        *(pytest.param(name, 72, 136, marks=pytest.mark.slow) for name in triton.PRODUCTS),
-        *(pytest.param(name, 64, 64, marks=pytest.mark.slow) for name in triton.PRODUCTS),
-    ],
+    cases(
+        [("conv1x1_dgrad", 256, 256), ("conv2d_wgrad", 128, 128), ("expand", 64, 256)],
+        [(name, *channels) for name in triton.PRODUCTS for channels in ((256, 256), (72, 136), (64, 64))],
+    ),
 )
 def test_machine_code(name: str, c: int, k: int, cc: int) -> None:
     assembler = Assembler(cc)
@@ -91,7 +95,7 @@ def test_machine_code(name: str, c: int, k: int, cc: int) -> None:
         getattr(ops, name)(**given)
     assert assembler.advice == ""  # C7515: tensor-core instructions that wait for each other
     for kernel in assembler.kernels:
-        assert kernel.faults == [], kernel.symbol
+        assert faults(kernel) == [], kernel.symbol
     assert any(re.match(TENSOR_CORES[cc], opcode) for kernel in assembler.kernels for opcode in kernel.opcodes)
 
 

@@ -16,6 +16,11 @@ def device(request: pytest.FixtureRequest) -> Device:
     return Device(request.param)
 
 
-def cases(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """Parameters, of which the others are slow."""
-    return [*some, *(pytest.param(*other, marks=pytest.mark.slow) for other in others if other not in some)]
+def cases(some: Sequence[tuple], every: Sequence[tuple]) -> list[Any]:
+    """Parameters, of which all but some are slow."""
+    return [*some, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in some)]
+
+
+def others(every: Sequence[Any], *some: Any) -> list[Any]:
+    """Single parameters: all but some, as slow ones."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in every if case not in some]

@@ -73,7 +73,8 @@ def configs(product: Product) -> list[Config]:
 def _fitting(product: Product) -> Iterator[Config]:
     """From the largest tile to the smallest."""
     steps = (64, 32) if product.transforms <= 1 else (32, 64)  # registers, of which transformations take many
-    for m, n, warps in ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)):
+    warps_of_half = 4 if product.transforms <= 1 else 8
+    for m, n, warps in ((128, 128, 8), (128, 64, warps_of_half), (64, 64, 4), (64, 32, 4), (64, 16, 4)):
         for k in steps:
             config = Config(m, min(n, _padded(product.n)), min(k, _padded(product.k)), warps, 3)
             if product.shared(config) <= _SHARED.get(product.arch, 99) * 1024:

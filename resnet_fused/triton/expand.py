@@ -93,7 +93,8 @@ def bn_act(
     _, c2, h2, w2 = (x if x2 is None else x2).shape
     check_operands(op, x, y, C=c // groups, K=k // groups, C2=8 if x2 is None else c2)
     mask = x.new_empty(mask_shape(k, m) if save_mask else (0,), dtype=torch.int32)
-    product = Product(m, k // groups, c // groups, arch_of(x), 1, int(scale is not None), groups)
+    transforms = (scale is not None) + (x2 is not None)  # a second accumulator takes registers like a transformation
+    product = Product(m, k // groups, c // groups, arch_of(x), 1, transforms, groups)
     config = default(product)
     config = config._replace(n=max(config.n, PANEL))
     packs = save_mask and (groups == 1 or product.n % PANEL == 0)  # else a word has bits of several programs

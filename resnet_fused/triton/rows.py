@@ -309,9 +309,8 @@ def dgrad(
     if gated:
         require_pixels(op, dx.numel(), "sum over")
     high, wide = strided(height, window.stride_h), strided(width, window.stride_w)
-    product = Product(
-        n * high * wide, c // groups, k // groups, arch_of(dy), 1 if u is None else 2, u is not None, groups
-    )
+    tensors = 1 if u is None else 2
+    product = Product(n * high * wide, c // groups, k // groups, arch_of(dy), tensors, 2 * (tensors - 1), groups)
     config = default(product)
     sums = vector_like(dy, c, gated), vector_like(dy, c, gated)
     by = Tiles(window.phases * triton.cdiv(product.m, config.m), c, 8, 1, config.n, config.warps, chunk=1)
