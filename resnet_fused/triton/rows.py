@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.layout import empty_nhwc
 from ..ops.pointwise import strided, vector_like
-from .configs import Product, check_operands, default, options, require_pixels
+from .configs import Config, Product, check_operands, default, options, require_pixels
 from .gemm import (
     activated,
     bn_backward,
@@ -200,7 +200,11 @@ def transposed(
     a_rows = (output.to(tl.int64) * K)[:, None] + group * k
     at, i, j = 0, 0, 0
     acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, tl.where(read, tl.cdiv(k, BK) * down * across, 1)):
+    steps = tl.cdiv(k, BK) * WINDOW.taps
+    if WINDOW.phases > 1:
+        steps = tl.where(read, tl.cdiv(k, BK) * down * across, 1)
+    tl.assume(steps > 0)
+    for step in range(0, steps):
         if WINDOW.taps == 1:
             at = step * BK
         back = (i * WINDOW.back_h) * Q + j * WINDOW.back_w
@@ -312,6 +316,8 @@ def dgrad(
     tensors = 1 if u is None else 2
     product = Product(n * high * wide, c // groups, k // groups, arch_of(dy), tensors, 2 * (tensors - 1), groups)
     config = default(product)
+    if u is not None and product.arch // 10 == 9:  # of shorter steps ptxas serialises the wgmma (C7515)
+        config = Config(128, 128, 64, 8, 2)
     sums = vector_like(dy, c, gated), vector_like(dy, c, gated)
     by = Tiles(window.phases * triton.cdiv(product.m, config.m), c, 8, 1, config.n, config.warps, chunk=1)
     partial = empty_partials(sums[0], by, 2) if gated else None
