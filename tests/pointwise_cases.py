@@ -20,7 +20,9 @@ Arguments = dict[str, Any]
 
 
 def dtypes(device: Device) -> list[torch.dtype]:
-    """The kernels take two; the CPU all."""
+    """The kernels take two, of which Triton's interpreter has one; the CPU all."""
+    if device.name == "interpreted":
+        return [torch.float16]
     return HALVES if device.name != "cpu" else [*HALVES, torch.float32, torch.float64]
 
 

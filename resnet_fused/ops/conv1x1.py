@@ -27,13 +27,17 @@ from .pointwise import (
 )
 
 
-@on_cpu("conv1x1")
-def _fprop(x: Tensor, weight: Tensor, scale, shift, stride, stats):
+def check_fprop(x: Tensor, weight: Tensor, scale, shift, stride) -> None:
     check = Checks("conv1x1", "x", x)
     check.stride(stride)
     check.weight("weight", weight, "K", x.shape[1])
     check.together(scale=scale, shift=shift)
     check.vectors(x.shape[1], scale=scale, shift=shift)
+
+
+@on_cpu("conv1x1")
+def _fprop(x: Tensor, weight: Tensor, scale, shift, stride, stats):
+    check_fprop(x, weight, scale, shift, stride)
     out = conv(activated(x, scale, shift), weight, geometry(stride))
     return out, *(_ops.bn_stats(out) if stats else (vector_like(x, 0), vector_like(x, 0)))
 
@@ -46,11 +50,10 @@ def _(x, weight, scale, shift, stride, stats):
     return out, vector_like(x, k, stats), vector_like(x, k, stats)
 
 
-@on_cpu("conv1x1_dgrad")
-def _dgrad(
+def check_dgrad(
     dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, stride,
-    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
-):  # fmt: skip
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale, addend_stride, addend_offset,
+) -> None:  # fmt: skip
     check = Checks("conv1x1_dgrad", "dy", dy)
     n, k, *pixels = dy.shape
     check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
@@ -67,6 +70,16 @@ def _dgrad(
     check.require(addend_scale != 0, "addend_scale is 0, expected another value")
     check.require(gate_u is None or stride == 1, f"stride is {stride}, expected 1 with gate_u")
 
+
+@on_cpu("conv1x1_dgrad")
+def _dgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, stride,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
+):  # fmt: skip
+    check_dgrad(
+        dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight, height, width, stride,
+        addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale, addend_stride, addend_offset,
+    )  # fmt: skip
     du = dy
     if u is not None:
         du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
@@ -87,10 +100,9 @@ def _(
     return empty_nhwc(dy, (dy.shape[0], c, height, width)), vector_like(dy, c, gated), vector_like(dy, c, gated)
 
 
-@on_cpu("conv1x1_wgrad")
-def _wgrad(
-    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, stride, wide, sums
-):  # fmt: skip
+def check_wgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, stride, sums
+) -> None:  # fmt: skip
     check = Checks("conv1x1_wgrad", "dy", dy)
     check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
     check.stride(stride)
@@ -105,6 +117,13 @@ def _wgrad(
     check.together(x_scale=x_scale, x_shift=x_shift)
     check.vectors(c, x_scale=x_scale, x_shift=x_shift)
 
+
+@on_cpu("conv1x1_wgrad")
+def _wgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, stride, wide, sums
+):  # fmt: skip
+    check_wgrad(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x, x_scale, x_shift, stride, sums)
+    k, c = dy.shape[1], x.shape[1]
     sum_dz = vector_like(dy, 0)
     if u is not None:
         du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)

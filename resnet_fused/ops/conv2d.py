@@ -49,7 +49,7 @@ def _check_weight(check: Checks, weight: Tensor, k: int | None, c: int, groups: 
     check.dense("weight", weight)
 
 
-def _check_fprop(check: Checks, x: Tensor, weight: Tensor, scale, shift, geometry) -> Geometry:
+def check_fprop(check: Checks, x: Tensor, weight: Tensor, scale, shift, geometry) -> Geometry:
     g = _decoded(check, geometry)
     _check_weight(check, weight, None, x.shape[1], g.groups)
     check.together(scale=scale, shift=shift)
@@ -70,8 +70,7 @@ def _check_output(check: Checks, dy: Tensor, shape: tuple[int, ...]) -> None:
 
 @on_cpu("conv2d")
 def _fprop(x: Tensor, weight: Tensor, scale, shift, geometry, stats):
-    check = Checks("conv2d", "x", x)
-    g = _check_fprop(check, x, weight, scale, shift, geometry)
+    g = check_fprop(Checks("conv2d", "x", x), x, weight, scale, shift, geometry)
     out = conv(activated(x, scale, shift), weight, g)
     return out, *(_ops.bn_stats(out) if stats else (vector_like(x, 0), vector_like(x, 0)))
 
@@ -82,10 +81,11 @@ def _(x, weight, scale, shift, geometry, stats):
     return out, vector_like(x, weight.shape[0], stats), vector_like(x, weight.shape[0], stats)
 
 
-@on_cpu("conv2d_bn_act")
-def _bn_act(x: Tensor, weight: Tensor, scale, shift, geometry, out_scale, out_shift, residual, relu, save_mask):
+def check_bn_act(
+    x: Tensor, weight: Tensor, scale, shift, geometry, out_scale, out_shift, residual, relu, save_mask
+) -> Geometry:
     check = Checks("conv2d_bn_act", "x", x)
-    g = _check_fprop(check, x, weight, scale, shift, geometry)
+    g = check_fprop(check, x, weight, scale, shift, geometry)
     shape = g.out_shape(x.shape, weight.shape)
     check.vectors(shape[1], out_scale=out_scale, out_shift=out_shift)
     check.activation("residual", residual, shape)
@@ -93,6 +93,12 @@ def _bn_act(x: Tensor, weight: Tensor, scale, shift, geometry, out_scale, out_sh
         relu or not save_mask,
         "save_mask is True and relu is False, expected relu=True: only a relu has a mask",
     )
+    return g
+
+
+@on_cpu("conv2d_bn_act")
+def _bn_act(x: Tensor, weight: Tensor, scale, shift, geometry, out_scale, out_shift, residual, relu, save_mask):
+    g = check_bn_act(x, weight, scale, shift, geometry, out_scale, out_shift, residual, relu, save_mask)
     out = conv(activated(x, scale, shift), weight, g)
     return _ops.bn_act(out, out_scale, out_shift, residual, None, None, relu, save_mask)
 
@@ -104,11 +110,10 @@ def _(x, weight, scale, shift, geometry, out_scale, out_shift, residual, relu, s
     return empty_nhwc(x, shape), mask
 
 
-@on_cpu("conv2d_dgrad")
-def _dgrad(
+def check_dgrad(
     dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, geometry,
-    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
-):  # fmt: skip
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale, addend_stride, addend_offset,
+) -> Geometry:  # fmt: skip
     check = Checks("conv2d_dgrad", "dy", dy)
     check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
     check.needs("u", u, mask=mask)
@@ -119,7 +124,19 @@ def _dgrad(
     _check_output(check, dy, g.out_shape(shape, weight.shape))
     check.dgrad_end(shape, addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_stride, addend_offset)
     check.require(addend_scale != 0, "addend_scale is 0, expected another value")
+    return g
 
+
+@on_cpu("conv2d_dgrad")
+def _dgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight: Tensor, height, width, geometry,
+    addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale=1.0, addend_stride=0, addend_offset=0,
+):  # fmt: skip
+    g = check_dgrad(
+        dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, weight, height, width, geometry,
+        addend, addend_mask, gate_u, gate_scale, gate_shift, gate_mean, addend_scale, addend_stride, addend_offset,
+    )  # fmt: skip
+    shape = (dy.shape[0], weight.shape[1] * g.groups, height, width)
     du = dy
     if u is not None:
         du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
@@ -141,10 +158,9 @@ def _(
     return empty_nhwc(dy, (dy.shape[0], c, height, width)), vector_like(dy, c, gated), vector_like(dy, c, gated)
 
 
-@on_cpu("conv2d_wgrad")
-def _wgrad(
+def check_wgrad(
     dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, kernel_size, geometry
-):  # fmt: skip
+) -> Geometry:  # fmt: skip
     check = Checks("conv2d_wgrad", "dy", dy)
     check_backward(check, dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)
     check.needs("u", u, mask=mask)
@@ -163,7 +179,17 @@ def _wgrad(
     _check_output(check, dy, g.out_shape(x.shape, weight_shape))
     check.together(x_scale=x_scale, x_shift=x_shift)
     check.vectors(c, x_scale=x_scale, x_shift=x_shift)
+    return g
 
+
+@on_cpu("conv2d_wgrad")
+def _wgrad(
+    dy: Tensor, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x: Tensor, x_scale, x_shift, kernel_size, geometry
+):  # fmt: skip
+    g = check_wgrad(
+        dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1, x, x_scale, x_shift, kernel_size, geometry
+    )  # fmt: skip
+    weight_shape = (dy.shape[1], x.shape[1] // g.groups, *kernel_size)
     du = dy
     if u is not None:
         du = _ops.bn_act_backward_apply(dy, mask, u, scale, shift, mean, coef_dz, coef_x, coef_1)

@@ -16,11 +16,10 @@ from .layout import acc_dtype, empty_nhwc, mask_shape
 from .pointwise import Checks, activated, added, geometry, masked, on_cpu, scattered, strided, transposed
 
 
-@on_cpu("expand")
-def _expand(
+def check_expand(
     x: Tensor, scale, shift, weight: Tensor, out_scale: Tensor, out_shift: Tensor, x2, weight2, out_scale2, stride,
     residual, relu, save_mask,
-):  # fmt: skip
+) -> None:  # fmt: skip
     check = Checks("expand", "x", x)
     n, c, h, w = x.shape
     check.together(scale=scale, shift=shift)
@@ -45,6 +44,15 @@ def _expand(
         relu or not save_mask, "save_mask is True and relu is False, expected relu=True: only a relu has a mask"
     )
 
+
+@on_cpu("expand")
+def _expand(
+    x: Tensor, scale, shift, weight: Tensor, out_scale: Tensor, out_shift: Tensor, x2, weight2, out_scale2, stride,
+    residual, relu, save_mask,
+):  # fmt: skip
+    check_expand(
+        x, scale, shift, weight, out_scale, out_shift, x2, weight2, out_scale2, stride, residual, relu, save_mask
+    )
     u = conv(activated(x, scale, shift), weight, POINTWISE)
     if x2 is None:
         return _ops.bn_act(u, out_scale, out_shift, residual, None, None, relu, save_mask)
@@ -62,11 +70,10 @@ def _(
     return empty_nhwc(x, (n, k, h, w)), mask
 
 
-@on_cpu("expand_dgrad")
-def _expand_dgrad(
+def check_expand_dgrad(
     dy: Tensor, mask, weight: Tensor, x: Tensor, scale, shift, q: Tensor, constant: Tensor, mean, stride, addend,
     addend_mask,
-):  # fmt: skip
+) -> None:  # fmt: skip
     check = Checks("expand_dgrad", "x", x)
     n, c, h, w = x.shape
     check.stride(stride)
@@ -83,6 +90,14 @@ def _expand_dgrad(
     check.excludes("scale", scale, addend=addend)
     check.require(scale is None or stride == 1, f"stride is {stride}, expected 1 with scale")
 
+
+@on_cpu("expand_dgrad")
+def _expand_dgrad(
+    dy: Tensor, mask, weight: Tensor, x: Tensor, scale, shift, q: Tensor, constant: Tensor, mean, stride, addend,
+    addend_mask,
+):  # fmt: skip
+    check_expand_dgrad(dy, mask, weight, x, scale, shift, q, constant, mean, stride, addend, addend_mask)
+    h, w = x.shape[2:]
     a = activated(x, scale, shift)
     through_q = conv(a, q[:, :, None, None], geometry(stride))
     da = added(conv(masked(dy, mask), transposed(weight), POINTWISE), through_q, constant)

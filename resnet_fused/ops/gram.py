@@ -11,12 +11,16 @@ from .layout import acc_dtype
 from .pointwise import Checks, activated, on_cpu
 
 
-@on_cpu("gram")
-def _gram(x: Tensor, scale, shift, center: Tensor, stride):
+def check_gram(x: Tensor, scale, shift, center: Tensor, stride) -> None:
     check = Checks("gram", "x", x)
     check.together(scale=scale, shift=shift)
     check.vectors(x.shape[1], scale=scale, shift=shift, center=center)
     check.stride(stride)
+
+
+@on_cpu("gram")
+def _gram(x: Tensor, scale, shift, center: Tensor, stride):
+    check_gram(x, scale, shift, center, stride)
     # Rounded before it is centred and after, so that this is what a later product multiplies, minus a constant.
     operand, mean = _ops.gram_operand(activated(x, scale, shift), None, None, False, center, stride)
     return mean, gram_of(operand, mean, center).cov

@@ -20,7 +20,7 @@ from .launch import launcher_replaced
 
 NAMESPACE = "resnet_fused_triton"
 # The ops by the module of this package that has them, as functions of the same names.
-_OPS = {
+_TAILS = {
     "bn_stats": ("bn_stats",),
     "bn_act": ("bn_act", "relu_mask", "bn_act_backward_reduce", "bn_act_backward_apply"),
     "add_stats": ("add_stats",),
@@ -29,7 +29,14 @@ _OPS = {
     "gram_operand": ("gram_operand",),
     "bn_act_pool": ("bn_act_pool", "bn_act_pool_backward"),
 }
-TAILS = tuple(name for names in _OPS.values() for name in names)
+_PRODUCTS = {
+    "conv1x1": ("conv1x1", "conv1x1_dgrad", "conv1x1_wgrad"),
+    "conv2d": ("conv2d", "conv2d_bn_act", "conv2d_dgrad", "conv2d_wgrad"),
+    "expand": ("expand", "expand_dgrad"),
+    "gram": ("gram",),
+}
+TAILS = tuple(name for names in _TAILS.values() for name in names)
+PRODUCTS = tuple(name for names in _PRODUCTS.values() for name in names)  # bfloat16 and float16 only
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _TAILS_WITHOUT_CUDA = torch.library.Library("resnet_fused", "IMPL")
@@ -73,6 +80,6 @@ def _define(stem: str, name: str) -> None:
         _TAILS_WITHOUT_CUDA.impl(name, on_gpu, "CUDA")
 
 
-for _stem, _names in _OPS.items():
+for _stem, _names in (_TAILS | _PRODUCTS).items():
     for _name in _names:
         _define(_stem, _name)

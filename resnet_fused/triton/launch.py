@@ -60,6 +60,14 @@ def wanted_config(number: int) -> Iterator[None]:
         _wanted.config = before
 
 
+def arch_of(x: Tensor) -> int:
+    """The compute capability, times ten, that x's kernels are compiled for; interpreted, one is as good as another."""
+    if not x.is_cuda:
+        return getattr(_launcher, "cc", 80)
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def launcher_replaced() -> bool:
     """Whether kernels run elsewhere than where their tensors are: within `launcher`."""
     return _launcher is not _by_triton
