@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from .launch import config_wanted
 
 MAX_PIXELS = 2**31 - 2**10  # with room for a tile's rows beyond the last
 _SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB that a program may have; others 99
@@ -86,8 +88,13 @@ def _padded(size: int) -> int:
     return max(triton.next_power_of_2(size), 16)
 
 
+def chosen(every: Sequence[Config]) -> Config:
+    """The one that `launch.wanted_config` asks for by its number, else the first. Raises IndexError."""
+    return every[max(config_wanted(), 1) - 1]
+
+
 def default(product: Product) -> Config:
-    return configs(product)[0]
+    return chosen(configs(product))
 
 
 def check_operands(op: str, *activations: Tensor, **channels: int) -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, Product, check_operands, default, options, require_pixels
+from .configs import Config, Product, check_operands, chosen, default, options, require_pixels
 from .gemm import activated, bn_backward, load_vector, tile_of, whole
 from .launch import arch_of, launch
 from .window import Window
@@ -256,7 +256,7 @@ def gram_of_pixels(x: Tensor, scale, shift, center: Tensor, window: Window) -> t
     m = n * p * q
     check_operands("gram", x, C=c)
     require_pixels("gram", m, "take statistics of")
-    config, product = gram_configs(c)[0], Product(c, c, m, arch_of(x), transforms=2)
+    config, product = chosen(gram_configs(c)), Product(c, c, m, arch_of(x), transforms=2)
     across = triton.cdiv(c, config.m)
     tiles = across * (across + 1) // 2
     splits, each = split(tiles, m, config.k)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.layout import empty_nhwc
 from ..ops.pointwise import strided, vector_like
-from .configs import Config, Product, check_operands, default, options, require_pixels
+from .configs import Config, Product, check_operands, chosen, default, options, require_pixels
 from .gemm import (
     activated,
     bn_backward,
@@ -317,7 +317,7 @@ def dgrad(
     product = Product(n * high * wide, c // groups, k // groups, arch_of(dy), tensors, 2 * (tensors - 1), groups)
     config = default(product)
     if u is not None and product.arch // 10 == 9:  # of shorter steps ptxas serialises the wgmma (C7515)
-        config = Config(128, 128, 64, 8, 2)
+        config = chosen([Config(128, 128, 64, 8, 2)])
     sums = vector_like(dy, c, gated), vector_like(dy, c, gated)
     by = Tiles(window.phases * triton.cdiv(product.m, config.m), c, 8, 1, config.n, config.warps, chunk=1)
     partial = empty_partials(sums[0], by, 2) if gated else None
