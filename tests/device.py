@@ -21,7 +21,7 @@ import torch
 from compiled import module
 from torch import nn
 
-from resnet_fused import kernels, plans
+from resnet_fused import backend, kernels, plans
 from resnet_fused.triton import launch as triton_launch
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Device:
             self.symbols = [launch.symbol for launch in emulator.launches]
             assert self.symbols, "no kernel was launched"
         elif self.name.startswith(("triton", "interpreted")):
-            with self._triton(seed):
+            with backend.forced("triton"), self._triton(seed):
                 yield
         else:
             yield
