@@ -114,7 +114,9 @@ def tune_command(args: argparse.Namespace) -> int:
 def _explain_units(args: argparse.Namespace) -> int:
     if args.model not in network.MODELS or DTYPES[args.dtype] == torch.float32:
         raise ValueError("--units takes a ResNet and a 16-bit --dtype, for which there are matrix kernels")
-    trace = units.trace(args.model, args.batch, args.size, args.memory, DTYPES[args.dtype], args.arch)
+    device = torch.device(_device(args))
+    measured = device if device.type == "cuda" else None
+    trace = units.trace(args.model, args.batch, args.size, args.memory, DTYPES[args.dtype], args.arch, measured)
     _print_plain(trace.columns, trace.cells(), left=4)
     print(trace)
     return 0

@@ -40,7 +40,7 @@ class Launch:
     problem: dict[str, Any]
     plan: Plan | None  # None: ATen's
     costs: tuple[Cost, ...]  # of its steps
-    auto: str = ""  # what "auto" would choose without a measurement, and the runner-up; empty where there is no choice
+    auto: str = ""  # what "auto" chooses, and the runner-up; empty where there is no choice
 
 
 class Row(NamedTuple):
@@ -56,9 +56,9 @@ class Row(NamedTuple):
 class _Tracer(TorchDispatchMode):
     """Launches, each with the unit that it belongs to: the name of its convolution."""
 
-    def __init__(self, weights: dict[int, str], arch: int) -> None:
+    def __init__(self, weights: dict[int, str], arch: int, device: torch.device | None) -> None:
         super().__init__()
-        self._names, self._arch = weights, arch
+        self._names, self._arch, self._device = weights, arch, device
         self._producers: dict[int, str] = {}  # units by their raw outputs
         self._end = self._projection = ""  # of the block that runs: the last of its chain, and of all
         self._input = 0
@@ -131,7 +131,7 @@ class _Tracer(TorchDispatchMode):
         tensors |= {name: t for name, t in zip(names, results, strict=True) if t.numel()}
         problem = _problem(op, given, tensors)
         plan = plans.plan(op, problem, self._arch, dict.fromkeys(tensors, _SOMEWHERE))
-        auto = str(decide(Signature.of(op, args), None, self._arch)) if op in COMPOSED else ""
+        auto = str(decide(Signature.of(op, args), self._device, self._arch)) if op in COMPOSED else ""
         return Launch(op, problem, plan, tuple(costs_of(op, problem, tensors, plan)), auto)
 
 
@@ -226,12 +226,14 @@ class Trace:
 
 
 def trace(
-    name: str, batch: int, size: int = 224, memory: Memory = "lean", dtype: torch.dtype = torch.bfloat16, arch: int = 80
-) -> Trace:
-    """A training step of torchvision's ResNet `name`, fused, as on a GPU of compute capability `arch` / 10."""
+    name: str, batch: int, size: int = 224, memory: Memory = "lean", dtype: torch.dtype = torch.bfloat16,
+    arch: int = 80, device: torch.device | None = None,
+) -> Trace:  # fmt: skip
+    """A training step of torchvision's ResNet `name`, fused, as on a GPU of compute capability `arch` / 10; `device`:
+    whose measurements are shown where there are any."""
     model = create(name, dtype, memory)
     convs = {key: m for key, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    tracer = _Tracer({_storage(m.weight): key for key, m in convs.items()}, arch)
+    tracer = _Tracer({_storage(m.weight): key for key, m in convs.items()}, arch, device)
     x = images(batch, size, dtype)
     graphs: list[Tensor] = []  # they keep raw outputs alive: no storage comes twice
     with as_on_a_gpu(), torch.autograd.set_multithreading_enabled(False):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from resnet_fused import network, units
+from resnet_fused import network, tuned, units
 from resnet_fused.__main__ import main
 from resnet_fused.costs import MACHINES
+from resnet_fused.ops.dispatch import COMPOSED
+from resnet_fused.tuned import Entry
 from resnet_fused.units import Row, Trace, folded
 
 NETWORKS = ("resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
@@ -109,3 +112,23 @@ def test_blocks_that_are_alike_fold() -> None:
     assert sum(row.unit.startswith("layer3.1-22") for row in rows) == sum(
         row.unit.startswith("layer3.7.") for row in traced("resnet101").rows
     )
+
+
+def test_what_auto_chooses_is_shown() -> None:
+    """By the model of costs, with the runner-up; ops that have nothing to choose show nothing."""
+    rows = [row.launch for row in traced("resnet50").rows if row.launch.plan is not None]
+    products = [launch for launch in rows if launch.op in COMPOSED]
+    assert all(re.fullmatch(r"(cuda|aten) .* ms, (aten|cuda) .* ms \(modelled\)", launch.auto) for launch in products)
+    assert {launch.auto for launch in rows if launch not in products} == {""}
+    assert products[0].auto in "\n".join(" ".join(cells) for cells in traced("resnet50").cells())
+
+
+def test_what_was_measured_is_shown() -> None:
+    class Everything(dict):  # type: ignore[type-arg]
+        def get(self, key: str, default: object = None) -> Entry:
+            return Entry.of({"triton:2": 1e-3, "cuda": 2e-3})
+
+    device = torch.device("cpu")
+    tuned.table(device).entries = Everything()
+    shown = {row.launch.auto for row in units.trace("resnet18", 8, 32, device=device).rows}
+    assert shown == {"", "triton:2 1.000 ms, cuda 2.000 ms (tuned)"}
