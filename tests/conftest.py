@@ -46,8 +46,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what runs on a GPU: `make gpu-check` chooses by it."""
     for item in items:
-        if isinstance(item, pytest.Function) and "cuda" in getattr(item, "callspec", _NONE).params.values():
-            item.add_marker("cuda")
+        if isinstance(item, pytest.Function):
+            values = [v for v in getattr(item, "callspec", _NONE).params.values() if isinstance(v, str)]
+            if {"cuda", "triton-cuda"} & {*values}:
+                item.add_marker("cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -151,6 +151,7 @@ def test_commands(tmp_path: Path) -> None:
     assert str(ROOT / "tests/test_conv1x1.py") in tests
     assert str(ROOT / "tests/test_streams.py") in tests
     assert str(ROOT / "tests/test_ptx_faults.py") not in tests
+    assert str(ROOT / "tests/test_triton_block.py") not in tests
     assert str(ROOT / "tests/test_large_tensors.py") not in tests
     memcheck, racecheck = machine.commands["memcheck"], machine.commands["racecheck"]
     assert memcheck[:3] == ["/opt/compute-sanitizer", "--tool", "memcheck"]
