@@ -5,6 +5,7 @@ Only dense NHWC activations come in and go out; weights are [K, C/groups, R, S].
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,10 @@ def conv_backward(
         dx, _ = conv_backward(dy, x, weight, geometry, need_dx, False)
         read = to_nhwc(x[:, :, :: geometry.stride[0], :: geometry.stride[1]])
         return dx, conv_backward(dy, read, weight, POINTWISE._replace(groups=geometry.groups), False, True)[1]
+    if need_dw and _wgrad_leaves_out(x, weight, geometry):
+        dx, _ = conv_backward(dy, x, weight, geometry, need_dx, False)
+        wide = (t.float() for t in (dy, x, weight))
+        return dx, conv_backward(*wide, geometry, False, True)[1].to(weight.dtype)
     stride, padding, dilation, groups = geometry
     dx, dw, _ = _aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_dx, need_dw, False)
@@ -69,6 +74,23 @@ def _wgrad_overruns(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     channels, that of a strided 1x1 convolution does (torch 2.14)."""
     pointwise = tuple(weight.shape[2:]) == (1, 1) and geometry.padding == (0, 0)
     return x.device.type == "cpu" and pointwise and geometry.stride != (1, 1) and weight.shape[1] < 8
+
+
+def _wgrad_leaves_out(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN's wgrad in 16 bits might leave a part of its result unwritten: of taps that meet no pixel of the
+    image, with AMX (torch 2.14)."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    sides = zip(x.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
+    return any(_has_idle_taps(*side) for side in sides)
+
+
+@lru_cache(maxsize=1024)
+def _has_idle_taps(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether a tap of a kernel lies beside the image for every output along a side."""
+    outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    firsts = range(-padding, outputs * stride - padding, stride)
+    return any(not any(0 <= first + tap * dilation < size for first in firsts) for tap in range(taps))
 
 
 def wgrad1x1(a: Tensor, dz: Tensor) -> Tensor:
