@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import kernels
+from resnet_fused.ops.aten import Geometry, conv_backward
 
 STEM, CIFAR, MNIST = [2, 2, 3, 3], [1, 1, 1, 1], [1, 1, 2, 2]  # strides and paddings
 
@@ -276,3 +277,16 @@ def test_machine_code(few: few_cases.Few, arch: str) -> None:
         assert kernel.blocks(step.smem) * kernel.threads >= least, kernel.symbol
         if arch != "sm_120":
             assert 100 * kernel.share >= SHARES[few.name], (kernel.symbol, kernel.loops)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_wgrad_of_taps_beside_the_image(size: int, dtype: torch.dtype) -> None:
+    """They get no gradient, and not what was in memory, which oneDNN's wgrad may leave there."""
+    where = Geometry((2, 2), (3, 3), (1, 1), 1)
+    x, w = activation(2, 8, size, size, dtype), torch.randn(16, 8, 7, 7).to(dtype)
+    dy = activation(*where.out_shape(x.shape, w.shape), dtype)
+    wanted = torch.nn.grad.conv2d_weight(x.double(), w.shape, dy.double(), 2, 3)
+    got = Device("cpu").run(lambda: conv_backward(dy, x, w, where, False, True)[1])
+    assert_close(got, wanted, 2 * torch.finfo(dtype).eps)
+    assert torch.equal(got == 0, wanted == 0)
