@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_fused.functional import ConvBN
 from resnet_fused.ops import block
-from resnet_fused.ops.gram_form import cancelling, conv_stats, gram_of, sample_center
+from resnet_fused.ops.gram_form import Gram, cancelling, conv_stats, gram_of, sample_center
 from resnet_fused.recorder import recording
 
 C, K = 16, 64  # operand channels and outputs: a shape that takes the Gram form
@@ -155,26 +155,36 @@ def test_variance(correlation, kind, dtype, mean) -> None:
     assert ((batch_variance(x, weight) - exact).abs() / exact).max() <= 1e-3
 
 
+def sum_error(gram: Gram, a: Tensor) -> float:
+    """Of the covariances [C, C] of the operand a, as a share of the deviations' product: that of sums over pixels, which
+    depends on how the CPU's library adds them up."""
+    exact = torch.cov(a.double().permute(0, 2, 3, 1).reshape(-1, C).t(), correction=0)
+    deviations = exact.diagonal().sqrt()
+    return float(((gram.cov - exact) / deviations.outer(deviations)).abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_variance_that_the_gram_form_keeps(dtype) -> None:
     """The outputs left to it are within the bound that gram_form.py states; for those it gives up, it is not."""
     weight = torch.cat([rows("random"), rows("across")]).to(dtype)
-    errors, given_up = [], []
+    errors, given_up, eps = [], [], 0.0
     for correlation in (0.0, 0.5, 0.8, 0.9, 0.999, 0.9999):
         x = operand(correlation, size=40).detach().to(dtype)
         center = sample_center(x)
         a, mean = torch.ops.resnet_fused.gram_operand(x, None, None, False, center, 1)
         gram = gram_of(a, mean, center)
+        eps = max(eps, sum_error(gram, a))
         _, variance = conv_stats(gram, weight.view(-1, C, 1, 1))
         lost = torch.zeros(len(weight), dtype=torch.bool)
         lost[cancelling(gram, weight, variance)] = True
         error = (variance / exact_variance(a, weight) - 1).abs()
         errors += error[~lost].tolist()
         given_up += error[lost].tolist()
-    bound = 8 * 4 * torch.finfo(torch.float32).eps
+    bound = 8 * 2 * eps
+    assert eps < 16 * torch.finfo(torch.float32).eps, "of 3200 pixels"
     assert len(errors) > 300
     assert max(errors) <= bound
-    assert max(given_up) > bound
+    assert max(given_up) > 16 * bound
 
 
 # --------------------------------------------------------------------------------- which outputs leave the form

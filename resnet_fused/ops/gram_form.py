@@ -22,7 +22,7 @@ a large mean/std cancels nowhere. The sum w' Cov w still may: its error is about
 with eps that of a sum over pixels in the accumulation type. Relative to var(u)_k that is eps D_k / var(u)_k, where
 a convolution's rounding costs eps sqrt(D_k / var(u)_k). The ratio is large where channels are nearly dependent and
 w_k lies near the null space of Cov. `cancelling` finds such outputs by var(u)_k < D_k / 8, and `block.py` computes
-them by a convolution after all; the variance of the others is within 8 eps.
+them by a convolution after all; the variance of the others is within about 8 eps.
 """
 
 from __future__ import annotations
