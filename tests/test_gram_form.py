@@ -156,8 +156,8 @@ def test_variance(correlation, kind, dtype, mean) -> None:
 
 
 def sum_error(gram: Gram, a: Tensor) -> float:
-    """Of the covariances [C, C] of the operand a, as a share of the deviations' product: that of sums over pixels, which
-    depends on how the CPU's library adds them up."""
+    """Of the covariances [C, C] of the operand a, as a share of the deviations' product: that of sums over pixels,
+    which depends on how the CPU's library adds them up."""
     exact = torch.cov(a.double().permute(0, 2, 3, 1).reshape(-1, C).t(), correction=0)
     deviations = exact.diagonal().sqrt()
     return float(((gram.cov - exact) / deviations.outer(deviations)).abs().max())
