@@ -200,7 +200,7 @@ TAILS = [op for op in plans.OPS if op not in gemm_cases.OPS and not op.startswit
 
 def problem_of(op: str, dtype: torch.dtype = torch.bfloat16, channels: int = 64) -> dict[str, object]:
     sizes = {name for name, _ in plans._PROBLEMS[op]._fields_}
-    every = {"M": 3136, "N": 1, "H": 56, "W": 56, "kernel": 3, "stride": 1, "padding": 1, "relu": 1}
+    every = {"M": 3136, "K": channels, "N": 1, "H": 56, "W": 56, "kernel": 3, "stride": 1, "padding": 1, "relu": 1}
     return {"dtype": dtype, "C": channels, **{name: v for name, v in every.items() if name in sizes}}
 
 
@@ -218,11 +218,12 @@ def test_variants(op: str) -> None:
         return plans.plan(op, problem_of(op, *args), buffers=buffers).steps[0].symbol
 
     activation = "dy" if "backward" in op else "y" if op == "relu_mask" else "x"
-    assert first(torch.bfloat16, 64) == f"{op}_bf16_v8"
-    assert first(torch.float16, 64, **{activation: 4096}) == f"{op}_f16_v8"
-    assert first(torch.float16, 64, **{activation: 4098}) == f"{op}_f16"
-    assert first(torch.float32, 100) == f"{op}_f32_v4"
-    assert first(torch.bfloat16, 100) == f"{op}_bf16"
+    name = {"concat_act": "concat_act_copy", "concat_act_backward": "bn_act_backward_reduce"}.get(op, op)
+    assert first(torch.bfloat16, 64) == f"{name}_bf16_v8"
+    assert first(torch.float16, 64, **{activation: 4096}) == f"{name}_f16_v8"
+    assert first(torch.float16, 64, **{activation: 4098}) == f"{name}_f16"
+    assert first(torch.float32, 100) == f"{name}_f32_v4"
+    assert first(torch.bfloat16, 100) == f"{name}_bf16"
 
 
 def test_unknown_names() -> None:
