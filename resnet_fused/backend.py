@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, cast, get_args
 
 Backend = Literal["auto", "cuda", "triton", "aten"]
+LEAN_PLANS = ("gram", "recompute")  # of an end unit that keeps no raw output: see planner.py
 VARIABLE = "RESNET_FUSED_BACKEND"
 
 
@@ -42,11 +43,14 @@ def check(name: str, value: str) -> Backend:
     return cast(Backend, value)
 
 
-_current: Backend = check(VARIABLE, os.environ.get(VARIABLE) or "auto")
+_current: Backend | None = None  # not asked for yet
 
 
 def current() -> Backend:
-    """The one in force."""
+    """The one in force. Raises ValueError for what the environment has, if that is none."""
+    global _current
+    if _current is None:
+        _current = check(VARIABLE, os.environ.get(VARIABLE) or "auto")
     return _current
 
 
@@ -54,7 +58,7 @@ def current() -> Backend:
 def forced(backend: Backend) -> Iterator[None]:
     """Within the block `backend` is in force."""
     global _current
-    before, _current = _current, check("backend", backend)
+    before, _current = current(), check("backend", backend)
     try:
         yield
     finally:

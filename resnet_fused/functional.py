@@ -100,6 +100,9 @@ def residual_block(
     if not units:
         raise ValueError("units is empty, expected at least one ConvBN")
     kind = _kind(shortcut)
+    if kind == "concat" and fallback_reason(x) is None and operand_dtype(x) != x.dtype:
+        y = residual_block(x, units, None, relu, memory, branch_scale)  # autocast: eager's cat leaves x as it is
+        return torch.cat([reference.scaled(x, shortcut_scale), y], 1)
     everything = [*units, shortcut] if isinstance(shortcut, ConvBN) else list(units)
     plain = x
     reason = fallback_reason(x, any(unit.has_norm for unit in everything))

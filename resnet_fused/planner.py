@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import tuned
+from .backend import LEAN_PLANS
 
 if TYPE_CHECKING:
     from .functional import ConvBN
     from .recorder import Call
 
-LEAN_PLANS = ("gram", "recompute")
 
 # The Gram form's arithmetic beyond fprop + dgrad + wgrad, as a share of them, up to which it is preferred to
 # running the convolution again (a share of 1/3).

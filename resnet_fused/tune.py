@@ -9,15 +9,17 @@ again. Candidates take turns; a time is the median of its rounds, on a GPU with 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import choice, functional, planner, tuned
-from .backend import Choice
+from .backend import LEAN_PLANS, Choice
 from .data import MissingPackageError, require
 from .explain import unchanged
 from .functional import ConvBN
@@ -31,6 +33,7 @@ from .tuned import Entry, Table
 Timer = Callable[[Sequence[Part]], Times]
 ROUNDS = 7
 BACKENDS = ("cuda", "triton", "aten")
+_MOST = 100  # numbers of a backend's plans, far more than there are
 
 
 @dataclass
@@ -78,16 +81,24 @@ def tune(
         raise ValueError(f"rounds is {rounds}, expected at least 1")
     if unknown := set(backends) - set(BACKENDS):
         raise ValueError(f"backends has {', '.join(sorted(unknown))}, expected some of {', '.join(BACKENDS)}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"example_input is a {type(example_input).__name__}, expected a Tensor")
     device, budget = example_input.device, Budget(seconds)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"example_input is on {device}, expected a CPU or a GPU")
     timer = timer or (CudaTimer() if device.type == "cuda" else HostTimer())
     table = tuned.table(device)
+    table.prepare()
     report = Report(str(table.path or "not kept: no folder is known"))
-    tasks = dict(_tasks(model, example_input, backends))
-    for problem, candidates in _with_progress(tasks.items(), len(tasks), progress):
-        if (again or problem not in table.entries) and budget.left > 0:
-            _measure(problem, candidates(), timer, rounds, table, report)
-        if problem in table.entries:
-            report.entries[problem] = table.entries[problem]
+    devices = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+        x = example_input.clone() if example_input.is_inference() else example_input
+        tasks = dict(_tasks(model, x, backends))
+        for problem, candidates in _with_progress(tasks.items(), len(tasks), progress):
+            if (again or problem not in table.entries) and budget.left > 0:
+                _measure(problem, candidates, timer, rounds, table, report)
+            if problem in table.entries:
+                report.entries[problem] = table.entries[problem]
     choice.forget()
     return report
 
@@ -102,8 +113,13 @@ def _with_progress(tasks, count: int, wanted: bool):
 
 
 def _measure(
-    problem: str, candidates: dict[str, Part], timer: Timer, rounds: int, table: Table, report: Report
+    problem: str, make: Callable[[], dict[str, Part]], timer: Timer, rounds: int, table: Table, report: Report
 ) -> None:
+    try:
+        candidates = make()
+    except torch.OutOfMemoryError as error:
+        report.left_out[problem] = str(error).splitlines()[0]
+        return
     refusals = {name: _refusal(part) for name, part in candidates.items()}
     usable = {name: (candidates[name],) for name, refusal in refusals.items() if refusal is None}
     if not usable:
@@ -119,7 +135,7 @@ def _refusal(part: Part) -> Exception | None:
     """Why a candidate does not take its problem."""
     try:
         part()
-    except (RuntimeError, IndexError) as error:  # memory that is not there, too
+    except Exception as error:  # a compiler's, too, and memory that is not there
         return error
     return None
 
@@ -144,8 +160,9 @@ def _step(model: nn.Module, x: Tensor) -> None:
     with torch.set_grad_enabled(model.training):
         y = model(x)
     leaves = [p for p in model.parameters() if p.requires_grad]
-    if model.training and leaves:
-        torch.autograd.grad(y.float().sum(), leaves, allow_unused=True)
+    outputs = [t for t in tree_leaves(y) if isinstance(t, Tensor) and t.requires_grad]
+    if model.training and leaves and outputs:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
 
 
 # ---------------------------------------------------------------------------------------------- ops on a GPU
@@ -161,13 +178,10 @@ def _backends_of(signature: Signature, device: torch.device, backends: Sequence[
         refusal = _refusal(part(chosen))
         return not isinstance(refusal, IndexError) and "does not exist" not in str(refusal)
 
-    there = [backend for backend in dispatch.backends_of(signature.op) if backend in backends]
-    found = [Choice(backend) for backend in there]
-    for backend in there:
-        number = 1
-        while backend != "aten" and exists(Choice(backend, number)):
-            found.append(Choice(backend, number))
-            number += 1
+    named = [Choice(backend) for backend in dispatch.backends_of(signature.op) if backend in backends]
+    found = [default for default in named if _refusal(part(default)) is None]
+    for backend in [default.backend for default in found if default.backend != "aten"]:
+        found += itertools.takewhile(exists, (Choice(backend, number) for number in range(1, _MOST)))
     return {str(chosen): part(chosen) for chosen in found}
 
 
@@ -202,4 +216,4 @@ def _plans_of(unit: EndUnit, conv: ConvBN, device: torch.device) -> dict[str, Pa
             y = functional.residual_block(x, [own], own if unit.projection else None)
         torch.autograd.grad(y, [x, weight, *vectors], dy)
 
-    return {plan: functools.partial(step, plan) for plan in planner.LEAN_PLANS}
+    return {plan: functools.partial(step, plan) for plan in LEAN_PLANS}

@@ -14,7 +14,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock  # torch depends on it
 
-from .backend import Choice
+from .backend import LEAN_PLANS, Choice
 from .data import MissingPackageError, require
 
 VARIABLE = "RESNET_FUSED_CACHE"
@@ -53,6 +53,8 @@ class Entry(NamedTuple):
             raise ValueError("an entry without a winner")
         if not all(isinstance(s, float) and s > 0 for s in seconds.values()):
             raise ValueError("times that are none")
+        if value["winner"] not in LEAN_PLANS:
+            Choice.parse(value["winner"])
         return cls(value["winner"], dict(seconds))
 
 
@@ -105,12 +107,21 @@ class Table:
     @classmethod
     def load(cls, device: torch.device) -> Table:
         """That of a device, empty where there is none."""
+        if device.type not in ("cpu", "cuda"):
+            return cls({}, None)
         own = machine(device)
         try:
-            path = folder() / f"{_file_name(own)}.json"
+            path = folder() / f"{_file_name(own)}-{FORMAT}.json"
         except MissingPackageError:
             return cls(own, None)
         return cls(own, path, _read(path, own))
+
+    def prepare(self) -> None:
+        """Raises OSError where the file could not be written."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock"):
+                pass
 
     def choice(self, problem: str) -> Choice | None:
         """The winner of a problem of an op; None where it was not measured."""
@@ -122,9 +133,9 @@ class Table:
         self.entries[problem] = entry
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         with FileLock(f"{self.path}.lock"):
-            self.entries = _read(self.path, self.machine) | self.entries
+            self.entries = self.entries | _read(self.path, self.machine) | {problem: entry}
             entries = {name: e._asdict() for name, e in sorted(self.entries.items())}
             content = {"format": FORMAT, "machine": self.machine, "entries": entries}
             partial = self.path.with_suffix(f".{os.getpid()}.partial")
@@ -149,19 +160,25 @@ def _read(path: Path, own: Mapping[str, str]) -> dict[str, Entry]:
         return {name: Entry.read(value) for name, value in content["entries"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        warnings.warn(f"tuned plans in {path} are left aside: {error}", stacklevel=4)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        aside = path.with_suffix(".bad")
+        with suppress(OSError):  # a folder of somebody else's
+            path.replace(aside)
+        warnings.warn(f"tuned plans in {path} are left aside, in {aside.name}: {error}", stacklevel=4)
         return {}
 
 
-_tables: dict[torch.device, Table] = {}
+_tables: dict[tuple[torch.device, int], Table] = {}
 
 
 def table(device: torch.device) -> Table:
-    """The table of a device, read once a process."""
-    if device not in _tables:
-        _tables[device] = Table.load(device)
-    return _tables[device]
+    """The table of a device, and of so many threads of a CPU, read once a process. Nothing is known of others."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = device, torch.get_num_threads() if device.type == "cpu" else 0
+    if key not in _tables:
+        _tables[key] = Table.load(device)
+    return _tables[key]
 
 
 @contextmanager

@@ -204,6 +204,18 @@ def test_without_norms_and_without_gradients() -> None:
         assert relative_error(detached.fused(), detached.to(torch.float64).eager()) < 1e-6
 
 
+def test_under_autocast_x_stays_as_it_is() -> None:
+    """As torch.cat has it, which promotes; the branch is narrow."""
+    block = randomise(rf.ConcatBasicBlock(8, 16))
+    x, eager = torch.randn(2, 8, 6, 5), Eager(copy.deepcopy(block))
+    for mode in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, want = block.train(mode)(x), eager.train(mode)(x)
+        assert y.dtype == want.dtype == torch.float32
+        assert torch.equal(y[:, :8], x)
+        assert relative_error(y, want) < 2e-2
+
+
 def test_a_scaled_shortcut_runs_as_plain_pytorch() -> None:
     case = replace(case_of(3), shortcut_scale=0.5, branch_scale=2.0)
     with recording() as calls:

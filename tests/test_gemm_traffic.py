@@ -31,7 +31,7 @@ RAGGED_RESIDENT = (
     {"N": 1, "H": 17, "W": 19, "C": 136, "K": 256},
     {"N": 1, "H": 1, "W": 3, "C": 8, "K": 128},
 )
-RUNS = [(0, "bf16"), (1, "f16"), (2, "bf16")]  # seeds of the data and of the order of the warps
+RUNS = [(0, "bf16"), (1, "f16")]  # seeds of the data and of the order of the warps
 VARIANTS = [pytest.param(gemm, tile, id=f"{gemm}-{tile}") for gemm in GEMMS for tile in gemm.tiles]
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,8 +129,64 @@ def test_in_eval_mode_nothing_is_to_be_planned() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="model is a str"):
         rf.tune("resnet50", X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="example_input is a list, expected a Tensor"):
+        rf.tune(chain(), [X])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounds is 0, expected at least 1"):
         rf.tune(chain(), X, rounds=0)
+    with pytest.raises(ValueError, match="example_input is on meta, expected a CPU or a GPU"):
+        rf.tune(chain(), X.to("meta"))
+    with pytest.raises(ValueError, match="backends has cudnn, expected some of cuda, triton, aten"):
+        rf.tune(chain(), X, backends=["cudnn"])
+
+
+class Outputs(nn.Module):
+    """As torchvision's segmentation models and Inception return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = chain()
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = self.chain(x)
+        return {"out": y, "more": (y.mean(), 3)}
+
+
+def test_any_outputs_and_modes_of_autograd() -> None:
+    assert len(rf.tune(Outputs(), X, timer=of_plans(1.0, 2.0)).entries) == 3
+    with torch.no_grad():
+        assert len(rf.tune(chain(), X, timer=of_plans(1.0, 2.0), again=True).measured) == 3
+    model = chain()
+    with torch.inference_mode():
+        assert len(rf.tune(model, X.clone(), timer=of_plans(1.0, 2.0), again=True).measured) == 3
+
+
+def test_random_numbers_stay_where_they_are() -> None:
+    model = chain()
+    state = torch.get_rng_state()
+    rf.tune(model, X, timer=of_plans(1.0, 2.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_candidate_that_does_not_compile_is_left_out() -> None:
+    """Triton's errors are no RuntimeErrors."""
+
+    class TritonError(Exception):
+        pass
+
+    def fails() -> None:
+        raise TritonError("out of resource: shared memory")
+
+    module = sys.modules["resnet_fused.tune"]
+    assert isinstance(module._refusal(fails), TritonError)
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "file" / "folder"))
+    clock = of_plans(1.0, 2.0)
+    with pytest.raises(OSError, match="folder"):
+        rf.tune(chain(), X, timer=clock)
+    assert clock.calls == 0
 
 
 def test_compiled_models_do_not_look_at_files() -> None:
@@ -267,7 +324,7 @@ def test_bad_backends() -> None:
 
 
 def test_forced_plans() -> None:
-    for plan in planner.LEAN_PLANS:
+    for plan in backend.LEAN_PLANS:
         with planner.forced_plan(plan):
             assert plans_of(chain()[0], X) == [f"aten: {plan}"]
 

@@ -63,6 +63,10 @@ DAMAGE = {
     "times below zero": lambda content: json.dumps(
         content | {"entries": {"a": {"winner": "b", "seconds": {"b": -1.0}}}}
     ),
+    "a winner of no kind": lambda content: json.dumps(
+        content | {"entries": {"a": {"winner": "b", "seconds": {"b": 1.0}}}}
+    ),
+    "deeply nested": lambda content: "[" * 200_000,
     "times of another kind": lambda content: json.dumps(
         content | {"entries": {"a": {"winner": "b", "seconds": {"b": "fast"}}}}
     ),
@@ -77,9 +81,9 @@ def test_a_damaged_or_foreign_file_is_left_aside(damage: str) -> None:
     with pytest.warns(UserWarning, match="are left aside"):
         table = Table.load(CPU)
     assert table.entries == {}
-    with pytest.warns(UserWarning, match="are left aside"):
-        table.add("another", ENTRY)
+    table.add("another", ENTRY)
     assert Table.load(CPU).entries == {"another": ENTRY}
+    assert path.with_suffix(".bad").exists()
 
 
 def test_a_file_that_cannot_be_read() -> None:
@@ -125,6 +129,31 @@ def test_two_processes_lose_nothing() -> None:
         process.join()
         assert process.exitcode == 0
     assert len(Table.load(CPU).entries) == 40
+
+
+def test_what_another_process_has_measured_since_stays() -> None:
+    first, second = Table.load(CPU), Table.load(CPU)
+    first.add("a", Entry.of({"gram": 1.0, "recompute": 2.0}))
+    second.add("a", Entry.of({"gram": 5.0, "recompute": 2.0}))
+    first.add("b", ENTRY)
+    assert Table.load(CPU).entries["a"].winner == "recompute"
+
+
+def test_threads_have_tables_of_their_own() -> None:
+    tuned.table(CPU).add("a", ENTRY)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        assert tuned.table(CPU).entries == {}
+    finally:
+        torch.set_num_threads(before)
+    assert tuned.table(CPU).entries == {"a": ENTRY}
+
+
+def test_other_devices_have_none() -> None:
+    table = tuned.table(torch.device("meta"))
+    table.add("a", ENTRY)
+    assert table.path is None
 
 
 def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

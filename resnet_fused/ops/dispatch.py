@@ -66,7 +66,8 @@ def chosen(name: str, args: tuple[Any, ...]) -> Choice:
     wanted = backend.current()
     if wanted == "auto":
         return _chooser(name, args) if _chooser is not None and args[0].is_cuda else Choice("cuda")
-    return Choice(wanted if wanted in backends_of(name) else "cuda")
+    there = wanted in backends_of(name) and not (wanted == "triton" and args[0].dtype == torch.float64)
+    return Choice(wanted if there else "cuda")
 
 
 def run(name: str, args: tuple[Any, ...], choice: Choice) -> Any:
