@@ -230,7 +230,7 @@ def test_more_than_2_to_the_31_elements(op: str) -> None:
 # ------------------------------------------------------------------------------------------------ the machine code
 
 
-@pytest.mark.parametrize("cc", ARCHES)
+@pytest.mark.parametrize("cc", [pytest.param(cc, marks=[pytest.mark.slow] * (cc in (90, 120))) for cc in ARCHES])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize(
     ("shape", "dtype"), [FIRST[0], *(pytest.param(*o, marks=pytest.mark.slow) for o in [FIRST[1], *OTHERS])], ids=str
