@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,8 @@ class Launch:
     problem: dict[str, Any]
     plan: Plan | None  # None: ATen's
     costs: tuple[Cost, ...]  # of its steps
-    auto: str = ""  # what "auto" chooses, and the runner-up; empty where there is no choice
+    asked: Signature | None = None  # what "auto" is asked; None where there is no choice
+    auto: str = ""  # what it chooses, and the runner-up
 
 
 class Row(NamedTuple):
@@ -56,9 +57,9 @@ class Row(NamedTuple):
 class _Tracer(TorchDispatchMode):
     """Launches, each with the unit that it belongs to: the name of its convolution."""
 
-    def __init__(self, weights: dict[int, str], arch: int, device: torch.device | None) -> None:
+    def __init__(self, weights: dict[int, str], arch: int) -> None:
         super().__init__()
-        self._names, self._arch, self._device = weights, arch, device
+        self._names, self._arch = weights, arch
         self._producers: dict[int, str] = {}  # units by their raw outputs
         self._end = self._projection = ""  # of the block that runs: the last of its chain, and of all
         self._input = 0
@@ -131,8 +132,8 @@ class _Tracer(TorchDispatchMode):
         tensors |= {name: t for name, t in zip(names, results, strict=True) if t.numel()}
         problem = _problem(op, given, tensors)
         plan = plans.plan(op, problem, self._arch, dict.fromkeys(tensors, _SOMEWHERE))
-        auto = str(decide(Signature.of(op, args), self._device, self._arch)) if op in COMPOSED else ""
-        return Launch(op, problem, plan, tuple(costs_of(op, problem, tensors, plan)), auto)
+        asked = Signature.of(op, args) if op in COMPOSED else None
+        return Launch(op, problem, plan, tuple(costs_of(op, problem, tensors, plan)), asked)
 
 
 def _storage(t: Tensor) -> int:
@@ -233,7 +234,7 @@ def trace(
     whose measurements are shown where there are any."""
     model = create(name, dtype, memory)
     convs = {key: m for key, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    tracer = _Tracer({_storage(m.weight): key for key, m in convs.items()}, arch, device)
+    tracer = _Tracer({_storage(m.weight): key for key, m in convs.items()}, arch)
     x = images(batch, size, dtype)
     graphs: list[Tensor] = []  # they keep raw outputs alive: no storage comes twice
     with as_on_a_gpu(), torch.autograd.set_multithreading_enabled(False):
@@ -249,8 +250,12 @@ def trace(
     order = {key: i for i, key in enumerate(convs)}
     found = sorted(tracer.found, key=lambda entry: (order[entry[0]], entry[1]))
     shapes = {unit: _shape(convs[unit], launch.problem) for unit, _, launch in reversed(found) if "H" in launch.problem}
+
+    def with_choice(launch: Launch) -> Launch:  # not while tracing, which knows tensors by where they are
+        return launch if launch.asked is None else replace(launch, auto=str(decide(launch.asked, device, arch)))
+
     rows = [
-        Row(unit, shapes[unit], backward, launch, tracer.reasons.get(unit, "not part of a block") or "")
+        Row(unit, shapes[unit], backward, with_choice(launch), tracer.reasons.get(unit, "not part of a block") or "")
         for unit, backward, launch in found
     ]
     return Trace(rows, tracer.small, arch)
