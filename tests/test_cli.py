@@ -130,8 +130,9 @@ def test_ctrl_c_exits_130_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "resnet_fused", "train", "--epochs", "1000", "--out", str(tmp_path)]
     root = Path(__file__).parent.parent
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, env=ONE_THREAD
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, env=ONE_THREAD,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )  # fmt: skip
     best = tmp_path / "best.safetensors"
     deadline = time.monotonic() + 120
     while not best.exists() and process.poll() is None and time.monotonic() < deadline:
