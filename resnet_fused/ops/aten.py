@@ -60,8 +60,8 @@ def conv_backward(
         return dx, conv_backward(dy, read, weight, POINTWISE._replace(groups=geometry.groups), False, True)[1]
     if need_dw and _wgrad_leaves_out(x, weight, geometry):
         dx, _ = conv_backward(dy, x, weight, geometry, need_dx, False)
-        dw = conv_backward(dy.float(), x.float(), weight.float(), geometry, False, True)[1]
-        return dx, dw.to(weight.dtype)
+        dy, x, wide = (t.to(torch.float32) for t in (dy, x, weight))
+        return dx, conv_backward(dy, x, wide, geometry, False, True)[1].to(weight.dtype)
     stride, padding, dilation, groups = geometry
     dx, dw, _ = _aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_dx, need_dw, False)
