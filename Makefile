@@ -36,7 +36,7 @@ demo: $(EXT)  ## fused against eager on real images, then a small ResNet trained
 	$(PY) -m resnet_fused demo
 
 test: $(EXT)  ## the test suite
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed  ## ruff, mypy and clang-format
 	ruff check .
