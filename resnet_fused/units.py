@@ -133,7 +133,9 @@ class _Tracer(TorchDispatchMode):
         problem = _problem(op, given, tensors)
         plan = plans.plan(op, problem, self._arch, dict.fromkeys(tensors, _SOMEWHERE))
         asked = Signature.of(op, args) if op in COMPOSED else None
-        return Launch(op, problem, plan, tuple(costs_of(op, problem, tensors, plan)), asked)
+        costs = tuple(costs_of(op, problem, tensors, plan))
+        alike = tuple(replace(step, params=b"") for step in plan.steps)  # there are gaps in them, of any bytes
+        return Launch(op, problem, replace(plan, steps=alike), costs, asked)
 
 
 def _storage(t: Tensor) -> int:
