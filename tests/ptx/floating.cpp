@@ -11,18 +11,6 @@ namespace {
 
 // The lane functions work on double, which holds every smaller type and the products of halves exactly;
 // single precision has its own overloads, so that a warp's loop stays in vectors of float.
-struct Add {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Sub {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a - b;
-  }
-};
 struct Mul {
   template <class T>
   T operator()(T a, T b) const {

@@ -52,18 +52,6 @@ T high(T a, T b) {
   return static_cast<T>((static_cast<Wider<T>>(a) * b) >> kBits<T>);
 }
 
-struct Add {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Sub {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a - b;
-  }
-};
 struct Mul {
   template <class T>
   T operator()(T a, T b) const {

@@ -132,4 +132,18 @@ class RoundingMode {
   int saved_;
 };
 
+// Of lanes, of any type.
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Sub {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a - b;
+  }
+};
+
 }  // namespace ptx
