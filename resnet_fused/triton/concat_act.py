@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.layout import empty_nhwc, mask_shape
 from .bn_act import reduce
 from .launch import launch
-from .tile import affine, checked, chunked, inside, matrix, offsets, relu, store_mask, tiles, whole
+from .tile import affine, check_mask_wanted, checked, chunked, inside, matrix, offsets, relu, store_mask, tiles, whole
 
 
 @triton.jit
@@ -47,9 +47,7 @@ def concat_act(
     (n, k, h, w), c = u.shape, x.shape[1]
     check.activation("x", x, (n, c, h, w))
     check.vectors(k, scale=scale, shift=shift)
-    check.require(
-        relu or not save_mask, "save_mask is True and relu is False, expected relu=True: only a relu has a mask"
-    )
+    check_mask_wanted(check, relu, save_mask)
     M, _ = matrix(u)
     y = empty_nhwc(u, (n, c + k, h, w))
     mask = u.new_empty(mask_shape(k, M) if save_mask else (0,), dtype=torch.int32)

@@ -37,10 +37,14 @@ def pointwise_checks(op: str, relu: bool, save_mask: bool, **activations: Tensor
     check = checked(op, first, x)
     for name, t in others:
         check.activation(name, t, x.shape)
+    check_mask_wanted(check, relu, save_mask)
+    return check
+
+
+def check_mask_wanted(check: Checks, relu: bool, save_mask: bool) -> None:
     check.require(
         relu or not save_mask, "save_mask is True and relu is False, expected relu=True: only a relu has a mask"
     )
-    return check
 
 
 # -------------------------------------------------------------------------------------------------- on the host
