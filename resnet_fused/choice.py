@@ -20,7 +20,7 @@ from .costs import MACHINES, Machine, costs_of, flops_of
 from .counting import Counter
 from .ops import dispatch
 from .ops.routes import arch_of
-from .problems import FIELDS, Problem
+from .problems import Problem
 from .signature import Signature
 
 _ATEN_SHARE = 0.75  # of the tensor cores' peak
@@ -108,8 +108,7 @@ def aten_seconds(signature: Signature, problem: Problem, machine: Machine) -> fl
     args = signature.arguments(torch.device("meta"))
     with Counter() as counter:
         dispatch.COMPOSED[signature.op](*args)
-    flops = flops_of(problem.op, {k: v for k, v in problem.fields.items() if k in FIELDS[problem.op]})
-    convolution = machine.floor(counter.convolutions, flops / _ATEN_SHARE, 1)[0]
+    convolution = machine.floor(counter.convolutions, flops_of(problem.op, problem.fields) / _ATEN_SHARE, 1)[0]
     return convolution + (counter.moved.unique - counter.convolutions) / machine.bandwidth
 
 
