@@ -178,7 +178,7 @@ def _check(x: Tensor, units: list[ConvBN], shortcut: object, residual: Tensor | 
         shapes.append(got)
     if isinstance(shortcut, Padded):
         got = check_padded(shortcut, got, shape)
-    if isinstance(shortcut, str) and shortcut == "concat":
+    if _kind(shortcut) == "concat":
         if got[:1] + got[2:] != shape[:1] + shape[2:]:
             raise ValueError(
                 f'residual_block: shortcut "concat" has shape {list(got)}, the chain gives {list(shape)}: expected the '

@@ -281,10 +281,16 @@ class EndSums(NamedTuple):
     dzx: Tensor
 
 
-def _reduce(dy: Tensor, mask: Tensor | None, raw: Tensor | None, norm: Norm, write: bool) -> tuple[Tensor, EndSums]:
-    """(dz = dy * mask if `write`, its sums), in one pass over dy and raw."""
+def reduce(
+    dy: Tensor, mask: Tensor | None, raw: Tensor | None, norm: Norm, write: bool, before: int = 0
+) -> tuple[Tensor, EndSums]:
+    """(dz = dy * mask if `write`, its sums), in one pass over dy and raw; of dy's channels behind the first `before`,
+    which are no tensor of their own, dz is written in any case."""
     mean = None if raw is None else norm.mean
-    dz, *sums = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, mean, write)
+    if before:
+        dz, *sums = _ops.concat_act_backward(dy, mask, raw, mean, before)
+    else:
+        dz, *sums = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, mean, write)
     return dz, EndSums(*sums)
 
 
@@ -326,7 +332,7 @@ def _gram_end_backward(
     da, dw, dgamma = gram_backward(a, gram, weight, scale, norm.rstd, dz, dbeta, needs[0])
     if rows.numel():
         thin, thin_dz = Recomputed.of(rows, source, gram.center), channels(dz, rows)
-        _, sums = _reduce(thin_dz, None, thin.raw, thin.norm, False)
+        _, sums = reduce(thin_dz, None, thin.raw, thin.norm, False)
         du = _bn_backward(source.spec, thin.norm, thin.raw, thin_dz, sums, (None, None))
         thin_da, thin_dw = conv_backward(du, thin.operand, thin.weight, POINTWISE, *needs)
         if needs[0]:
@@ -367,14 +373,10 @@ def backward(
     source = Source(spec.units[last], params[last], u, prologue)
     main = _end_input(source, end_saved[0])
     mask = saved[-1] if spec.relu else None
-    if spec.shortcut == "concat":
-        mean = None if main.raw is None else norms[last].mean
-        dz, *own = _ops.concat_act_backward(dy, mask, main.raw, mean, x.shape[1])
-        sums = EndSums(*own)
-    else:
-        dz, sums = _reduce(dy, mask, main.raw, norms[last], spec.relu)
-        dz = dz if spec.relu else dy
-    identity = (dy if spec.shortcut == "concat" else dz) if spec.from_x and needs.x else None
+    concat = spec.shortcut == "concat"
+    dz, sums = reduce(dy, mask, main.raw, norms[last], spec.relu, x.shape[1] if concat else 0)
+    dz = dz if spec.relu or concat else dy
+    identity = (dy if concat else dz) if spec.from_x and needs.x else None
     wanted = (last > 0 or needs.x, needs.weights[last])
     da, grads = _end_backward(source, norms[last], end_saved[0], main, dz, sums, wanted)
     del main  # its memory may serve the next gradients, and so may da's below
@@ -400,7 +402,7 @@ def backward(
         projected = _end_input(source, end_saved[1])
         dbeta = sums.dz.clone()  # an op's outputs must not share memory
         if projected.raw is not None:
-            sums = _reduce(dz, None, projected.raw, norms[-1], False)[1]
+            sums = reduce(dz, None, projected.raw, norms[-1], False)[1]
         sums, wanted = EndSums(dbeta, sums.dzx), (needs.x, needs.weights[-1])
         dx, grads = _end_backward(source, norms[-1], end_saved[1], projected, dz, sums, wanted)
         units.append(grads)

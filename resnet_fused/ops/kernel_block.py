@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
-from .block import BlockGrads, Needs, UnitGrads, add_shortcut, raw_stats, split_end_saved
+from .block import BlockGrads, Needs, UnitGrads, add_shortcut, raw_stats, reduce, split_end_saved
 from .conv2d import encoded
 from .dispatch import ops as _ops
 from .gram_form import Gram, conv_stats, sample_center
@@ -285,19 +285,14 @@ def _end_backward(
     if unit.plan == "gram":
         return _gram_backward(unit, p, norm, Gram(*saved), source, dy, mask, needs[0], shortcut)
     if not unit.needs_raw:  # given statistics and no gradient for gamma: du = s dz
-        if before:
-            dz, dbeta, _ = _ops.concat_act_backward(dy, mask, None, None, before)
-        else:
-            dz, dbeta, _ = _ops.bn_act_backward_reduce(dy, mask, None, None, None, None, True)
+        dz, (dbeta, _) = reduce(dy, mask, None, norm, True, before)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
         flow, dw = _through_conv(unit, p.weight, source, (du, *NO_NORM), needs, shortcut)
         return flow, UnitGrads(dw, torch.zeros_like(norm.scale), dbeta)
     raw = saved[0] if unit.plan == "keep" else _conv(unit, p.weight, source, False)[0]
+    dz, (dbeta, dzx) = reduce(dy, mask, raw, norm, False, before)
     if before:  # a tensor of its own, as the convolution's kernels read it
-        dy, dbeta, dzx = _ops.concat_act_backward(dy, mask, raw, norm.mean, before)
-        mask = None
-    else:
-        _, dbeta, dzx = _ops.bn_act_backward_reduce(dy, mask, raw, None, None, norm.mean, False)
+        dy, mask = dz, None
     flow, dw = _conv_backward(unit, p.weight, norm, raw, source, dy, Gate(mask), (dbeta, dzx), needs, shortcut)
     return flow, UnitGrads(dw, norm.rstd * dzx, dbeta)
 
