@@ -96,3 +96,35 @@ def test_convolutions(problem: Problem, name: str) -> None:
 def test_convolutions_of_images(problem: Problem, name: str) -> None:
     op, arguments = OF_IMAGES[name]
     check(op, arguments(problem))
+
+
+# Instructions of the widest tile's main loop for each of the tensor cores', at most.
+LOOPS: dict[str, tuple[str, Arguments, float]] = {
+    "fprop, plain": (*CALLS["fprop, plain"], 2.75),
+    "fprop, affine": (*CALLS["fprop"], 3.1),
+    "dgrad, plain": ("conv2d_dgrad", lambda p: dgrad_arguments(p, HALF, "none", "none"), 2.9),
+    "dgrad, bn": ("conv2d_dgrad", lambda p: dgrad_arguments(p, HALF, "bn", "none"), 3.55),
+    "dgrad, bn gate": ("conv2d_dgrad", lambda p: dgrad_arguments(p, HALF, "bn gate", "gate"), 3.75),
+    "dgrad, bn mask": ("conv2d_dgrad", lambda p: dgrad_arguments(p, HALF, "bn mask", "add"), 3.8),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_instructions_of_the_main_loop(name: str) -> None:
+    """What more channels take; registers are moved in PTX only."""
+    op, arguments, most = LOOPS[name]
+    counts = []
+    for channels in (128, 192):
+        c, k = (channels, 128) if op == "conv2d" else (128, channels)
+        with plans.wanted_tile(1):
+            Device("emulated").run(
+                lambda given: getattr(ops, op)(**given), arguments(Problem(1, c, 8, 32, k, Geometry()))
+            )
+        launch = next(launch for launch in emulated_launches() if launch.symbol.endswith("256x128x32"))
+        counts.append((launch.stats.instructions["mma"], _executed(launch)))
+    (mma, every), (more_mma, more) = counts
+    assert (more - every) / (more_mma - mma) <= most
+
+
+def _executed(launch: Any) -> int:
+    return sum(n for kind, n in launch.stats.instructions.items() if kind != "move")

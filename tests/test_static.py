@@ -213,12 +213,12 @@ def test_shares_of_the_tensor_cores(gemm: Gemm, arch: str) -> None:
 # copies and transforms a part of the halo: of fprop's nine to a slice three do, the others skip over a third of the
 # instructions. wgrad's loop is the one over taps, within a tile of pixels.
 CONV_SHARES = {
-    "conv2d_fprop": "20.5 20.5 12",
-    "conv2d_fprop_strided": "20 20 11.5",
-    "conv2d_bn_act": "20.5 20.5 12",
-    "conv2d_bn_act_strided": "20 20 11.5",
-    "conv2d_dgrad_add": "13 13 7",
-    "conv2d_dgrad_gate": "13 13 7",
+    "conv2d_fprop": "21.5 21.5 12.5",
+    "conv2d_fprop_strided": "20.5 20.5 12",
+    "conv2d_bn_act": "21 21 12.5",
+    "conv2d_bn_act_strided": "20.5 20.5 12",
+    "conv2d_dgrad_add": "13.5 13.5 7.5",
+    "conv2d_dgrad_gate": "13.5 13.5 7.5",
     "conv2d_wgrad": "45.5 45 45.5",
     "conv2d_wgrad_affine": "45.5 45 45.5",
     "conv2d_wgrad_backward": "45.5 45 45.5",

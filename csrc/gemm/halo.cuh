@@ -80,6 +80,7 @@ class HaloSource {
     own_ = halo_slot<kStride>(pixel, shared.halo) * kPixelBytes + 16 * chunk_;
     rounds_ = (window.count + kPixels - 1) / kPixels;
     from_ = static_cast<const char*>(s.x) + (static_cast<int64_t>(first_) * s.C + channel_) * 2;
+    step_ = static_cast<int64_t>(kPixels) * s.C * 2;
   }
 
   __device__ int rounds() const { return rounds_; }
@@ -99,29 +100,30 @@ class HaloSource {
         if (words) words += static_cast<int64_t>(channel / kPanel) * s_.pixels;
       }
     }
+    const bool masked = words;
+    c.left -= rounds;
 #pragma unroll 1
-    for (; rounds > 0 && c.left > 0; --rounds) {
+    for (; rounds > 0; --rounds) {
       if (exists(c.pixel)) {
         copy_async(c.buffer + c.at, from_, bytes);
         if constexpr (Prologue::kSecond) {
           if (s_.transforms) copy_async(c.second + c.at, from_ + second, bytes);
-          if (words) copy_async_word(c.buffer + word_of(c.at), words + c.pixel, bytes / 4);
+          if (masked) copy_async_word(c.buffer + word_of(c.at), words + c.pixel, bytes / 4);
         }
       }
-      from_ += static_cast<int64_t>(kPixels) * s_.C * 2;
+      from_ += step_;
       next(c);
     }
   }
   // After a slice's last round: its first one, of the next slice.
-  __device__ void rewind() {
-    from_ += 2 * kSliceChannels - static_cast<int64_t>(rounds_) * kPixels * s_.C * 2;
-  }
+  __device__ void rewind() { from_ += 2 * kSliceChannels - rounds_ * step_; }
 
   // What this thread has copied so, and waited for.
   __device__ void transform(HaloCursor& c, int rounds) const {
     const int channel = channel_ + c.slice;
-    if (rounds == 0 || !s_.transforms || channel >= end_) return;
+    if (!s_.transforms || channel >= end_) return;
     const Prologue prologue(p_, channel);
+    c.left -= rounds;
 #pragma unroll 1
     for (; rounds > 0; --rounds) {
       if (exists(c.pixel)) {
@@ -139,13 +141,16 @@ class HaloSource {
   }
 
  private:
-  __device__ static void next(HaloCursor& c) { c.at += kStep, c.pixel += kPixels, --c.left; }
-  __device__ bool exists(int pixel) const { return pixel >= 0 && pixel < end_pixel_; }
+  __device__ static void next(HaloCursor& c) { c.at += kStep, c.pixel += kPixels; }
+  __device__ bool exists(int pixel) const {
+    return static_cast<uint32_t>(pixel) < static_cast<uint32_t>(end_pixel_);
+  }
   __device__ uint32_t word_of(uint32_t at) const { return at - 12 * chunk_ + 2 * kSliceChannels; }
 
   const typename Prologue::Params& p_;
   const TapsSource& s_;
   const char* from_;  // of the cursor that loads
+  int64_t step_;      // bytes from a round to the next
   uint32_t own_;
   int first_, end_pixel_, chunk_, channel_, end_, rounds_;
 };
@@ -167,16 +172,12 @@ class HaloFragments {
       if constexpr (kStride == 2) {  // an odd shift changes sides
         odd_[g] = (pixel & 1 ? (pixel + 1) / 2 : pixel / 2 + halo / 2) * kPixelBytes + lane / 16 * 16;
       }
-      inside_[g] = 0;
+      outside_[g] = 0;
       for (int r = 0; r < p.rows; ++r) {
-        inside_[g] |=
-            static_cast<uint32_t>(static_cast<uint32_t>(at.i + r * s.step_row) < static_cast<uint32_t>(s.H))
-            << r;
+        outside_[g] |= static_cast<uint32_t>(outside(at.i + r * s.step_row, s.H)) << r;
       }
       for (int c = 0; c < p.cols; ++c) {
-        inside_[g] |=
-            static_cast<uint32_t>(static_cast<uint32_t>(at.j + c * s.step_col) < static_cast<uint32_t>(s.W))
-            << (kMaxTapRows + c);
+        outside_[g] |= static_cast<uint32_t>(outside(at.j + c * s.step_col, s.W)) << (kMaxTapRows + c);
       }
     }
   }
@@ -187,7 +188,7 @@ class HaloFragments {
 #pragma unroll
     for (int g = 0; g < S::kGroupsM; ++g) {
       const uint32_t at = (kStride == 2 && shift & 1 ? odd_[g] : even_[g]) + to;
-      address[g] = (inside_[g] & tap) == tap ? at : zeros_ | (at & 0x70);
+      address[g] = outside_[g] & tap ? zeros_ | (at & 0x70) : at;
     }
   }
   __device__ void load(uint32_t (&r)[4], uint32_t, int group, int k16) const {
@@ -195,9 +196,13 @@ class HaloFragments {
   }
 
  private:
+  __device__ static bool outside(int at, int size) {
+    return static_cast<uint32_t>(at) >= static_cast<uint32_t>(size);
+  }
+
   uint32_t zeros_;
   uint32_t even_[S::kGroupsM], odd_[kStride == 2 ? S::kGroupsM : 1];
-  uint32_t inside_[S::kGroupsM];  // which kernel rows and columns are inside of the image
+  uint32_t outside_[S::kGroupsM];  // which kernel rows and columns are outside of the image
 };
 
 }  // namespace resnet_fused

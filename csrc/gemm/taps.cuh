@@ -14,6 +14,7 @@ struct Tap {
   static constexpr uint32_t kFirst = 1u << kMaxTapRows | 1u;
 
   __device__ explicit Tap(const TapsPhase& p) : rows(p.rows), cols(p.cols) {}
+  __device__ bool is_first() const { return bits == kFirst; }
   // On to the next; true where that is the first tap again.
   __device__ bool next(const TapsSource& s, const TapsPhase& p) {
     shift += s.step_col;
@@ -35,7 +36,7 @@ class TapsWeights {
  public:
   __device__ TapsWeights(const TapsWeight& w, const TapsPhase& phase, int n0, int N, int first_channel,
                          int thread) {
-    limit_ = w.group_c, rows_ = phase.rows, cols_ = phase.cols;
+    limit_ = w.group_c, rows_ = phase.rows, cols_ = phase.cols + 1;
     const int own = 8 * Tile::chunk(thread);
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
@@ -50,7 +51,7 @@ class TapsWeights {
       // An element's channel in its group is what the weight has, of output channel n or, in a dgrad, c.
       const int64_t at = kTransposed ? static_cast<int64_t>(c) * w.channel + n - group * w.group_n
                                      : static_cast<int64_t>(n) * w.channel + channel_[i];
-      row_[i] = static_cast<const char*>(w.w) + (at + phase.weight) * 2;
+      row_[i] = static_cast<const char*>(w.w) + (at + phase.weight - w.col) * 2;
     }
     col_step_ = w.col * 2;
     row_step_ = (w.row - phase.cols * w.col) * 2;
@@ -58,13 +59,19 @@ class TapsWeights {
   }
 
   __device__ void load(uint32_t slot, const TapsPhase& phase, int thread) {
+    next(phase);
     const uint32_t to = slot + Tile::own(thread, 0);
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) {
       const int bytes = static_cast<uint32_t>(channel_[i]) < static_cast<uint32_t>(limit_) ? 16 : 0;
       copy_async(to + i * Tile::kStep * Tile::kRowBytes, row_[i], bytes);
-      row_[i] += col_step_;
     }
+  }
+
+ private:
+  // On to the next tap: before its copies, for which the pointers then are where they are.
+  __device__ void next(const TapsPhase& phase) {
+    move(col_step_);
     if (--cols_) return;
     cols_ = phase.cols;
     move(row_step_);
@@ -74,8 +81,6 @@ class TapsWeights {
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) channel_[i] += kSliceChannels;
   }
-
- private:
   __device__ void move(int step) {
 #pragma unroll
     for (int i = 0; i < Tile::kCount; ++i) row_[i] += step;
@@ -153,55 +158,50 @@ struct TapsKernel {
                                  at.lane);
     const Fragments<TileB, false, !kTransposedB> fb(at.warp_n * S::kWarpN, at.lane);
 
-    // A slice's halo comes while the one before is multiplied, some rounds a tap: what a step of the loop
-    // copies the next one transforms, so the last tap copies nothing. With one tap, halos come two slices
-    // ahead.
+    // A slice's halo comes while the one before is multiplied, some rounds a tap, and is transformed in the
+    // step after its last copies, so the last tap copies nothing. With one tap, halos come two slices ahead.
     const int rounds = source.rounds(), spread = min(taps - 1, kSpread);
     const int piece = taps > 2 ? (rounds + spread - 1) / spread : rounds;
     HaloCursor loading = source.begin(halos, seconds, 0), transforming = loading;
     auto next_slice = [&](HaloCursor& c) {
       c = source.begin(after(c.buffer), second_after(c.second), c.slice + kSliceChannels);
-    };
-    int copied = 0, before = 0;  // rounds that this step of the loop has copied, and the one before
-    int loads = 0;               // steps of this slice
-    auto load_rounds = [&](int count) {
-      if (loading.slice >= slices * kSliceChannels) return;
-      copied = min(count, loading.left);
-      source.load(loading, copied);
+      if (c.slice >= slices * kSliceChannels) c.left = 0;
     };
     auto load_slice = [&] {
       source.rewind();
       next_slice(loading);
     };
-    auto begin = [&](uint32_t slot, uint32_t) {
-      weights.load(slot, phase, thread);
-      if (loads > 0 && taps > 1) return;
-      if (loads++ > 0) load_slice();
-      load_rounds(rounds);
-    };
     auto transform_first = [&](uint32_t) {
       HaloCursor first = source.begin(halos, seconds, 0);
       source.transform(first, rounds);
     };
-    auto load = [&](uint32_t slot, uint32_t) {
+    int begun = 0;
+    auto begin = [&](uint32_t slot, uint32_t) {
       weights.load(slot, phase, thread);
-      if (loads == 0) load_slice();
-      load_rounds(piece);
-      if (++loads == taps) loads = 0;
+      if (begun > 0 && taps > 1) return;
+      if (begun++ > 0) load_slice();
+      source.load(loading, loading.left);
     };
-    auto transform = [&](uint32_t) {
-      source.transform(transforming, before);
-      before = copied, copied = 0;
-      if (loads == (taps > 1)) next_slice(transforming);  // the first step of a slice has begun the next one
-    };
-
     Pipeline<TileB::kBytes> pipeline(ring, taps * slices, begin, transform_first);
+
+    Tap tap(phase);
+    int copied = 0, before = 0;  // rounds whose last copies are of this step of the loop, of the one before
     if (taps == 1 && slices > 1) {
       before = rounds;
       next_slice(transforming);
     }
-    copied = loads = 0;
-    Tap tap(phase);
+    auto load = [&](uint32_t slot, uint32_t) {
+      weights.load(slot, phase, thread);
+      if (tap.is_first()) load_slice();
+      if (loading.left == 0) return;
+      source.load(loading, min(piece, loading.left));
+      if (loading.left == 0) copied = rounds;
+    };
+    auto transform = [&](uint32_t) {
+      if (before) source.transform(transforming, before);
+      before = copied, copied = 0;
+      if (tap.is_first()) next_slice(transforming);  // it has begun to come
+    };
     uint32_t halo = halos;
     pipeline.run_until(0, 0, load, transform, [&](uint32_t slot) {
       fa.turn(halo, tap.shift, tap.bits);
