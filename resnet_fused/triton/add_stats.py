@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.layout import empty_nhwc
 from ..ops.pointwise import vector_like
 from .launch import launch
 from .partials import add_values, empty_partials, mean_of, merge_statistics, no_statistics, store_statistics
@@ -54,7 +54,7 @@ def add_stats(
     check.together(scale=scale, shift=shift)
     check.vectors(x.shape[1], scale=scale, shift=shift)
     M, C = matrix(x)
-    y, mean, var = torch.empty_like(x), vector_like(x, C), vector_like(x, C)
+    y, mean, var = empty_nhwc(x, x.shape), vector_like(x, C), vector_like(x, C)
     by = chunked(M, C, x)
     partial = empty_partials(mean, by, 2)
     operands = (x, u, scale, shift, y, partial, M, C, by.chunk)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.layout import mask_shape
+from ..ops.layout import empty_nhwc, mask_shape
 from ..ops.pointwise import Checks, strided, vector_like
 from .launch import launch
 from .partials import empty_partials, sum_partials
@@ -71,7 +71,7 @@ def bn_act(
     check.needs("residual", residual, residual_scale=residual_scale)
     check.vectors(x.shape[1], residual_scale=residual_scale, residual_shift=residual_shift)
     M, C = matrix(x)
-    y = torch.empty_like(x)
+    y = empty_nhwc(x, x.shape)
     mask = x.new_empty(mask_shape(C, M) if save_mask else (0,), dtype=torch.int32)
     by = tiles(M, C, x, residual, offset=residual_offset)
     _, own_C, H, W = (x if residual is None else residual).shape
@@ -178,7 +178,7 @@ def bn_act_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz like dy [N, C, H, W] or [0], sum of dz [C], sum of dz * (x - mean) [C] or [0])."""
     _check_backward("bn_act_backward_reduce", dy, mask, x, scale, shift, mean=mean)
-    dz = torch.empty_like(dy) if write_dz else dy.new_empty(0)
+    dz = empty_nhwc(dy, dy.shape) if write_dz else dy.new_empty(0)
     by = chunked(*matrix(dy), dy, x)
     return dz, *reduce(dy, dy.shape[1], mask, x, scale, shift, mean, dz if write_dz else None, by)
 
@@ -231,7 +231,7 @@ def bn_act_backward_apply(
     check = _check_backward("bn_act_backward_apply", dy, mask, x, scale, shift, **coefs)
     check.activation("addend", addend, dy.shape)
     M, C = matrix(dy)
-    dx = torch.empty_like(x)
+    dx = empty_nhwc(x, x.shape)
     by = tiles(M, C, dy)
     operands = (dy, mask, x, scale, shift, *coefs.values(), addend, dx, M, C)
     launch(bn_act_backward_apply_kernel, by.grid, operands, by.constexprs, by.num_warps)

@@ -135,7 +135,7 @@ def expand_dgrad(
     if gated:
         require_pixels("expand_dgrad", x.numel(), "sum over")
     window = Window(stride_h=stride, stride_w=stride)
-    dx = torch.empty_like(x)
+    dx = empty_nhwc(x, x.shape)
     product = Product(n * strided(h, stride) * strided(w, stride), c, max(c, k), arch_of(x), 1, transforms=2)
     config = default(product)
     sums = vector_like(x, c, gated), vector_like(x, c, gated)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.layout import mask_shape
+from ..ops.layout import empty_nhwc, mask_shape
 from .launch import launch
 from .tile import inside, load_mask, matrix, offsets, place, pointwise_checks, relu, store_mask, tiles, whole
 
@@ -52,7 +52,7 @@ def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool, save_mask: bool) -> tu
     """(y like v [N, C, H, W], mask int32 [ceil(C/32), M] or [0])."""
     pointwise_checks("gate_act", relu, save_mask, v=v, x=x, f=f)
     M, C = matrix(v)
-    y, mask = torch.empty_like(v), v.new_empty(mask_shape(C, M) if save_mask else (0,), dtype=torch.int32)
+    y, mask = empty_nhwc(v, v.shape), v.new_empty(mask_shape(C, M) if save_mask else (0,), dtype=torch.int32)
     by = tiles(M, C, v)
     operands = (v, x, f, y, mask if save_mask else None, M, C)
     launch(gate_act_kernel, by.grid, operands, {"RELU": relu, **by.constexprs}, by.num_warps)
@@ -85,7 +85,7 @@ def gate_act_backward(
     check = pointwise_checks("gate_act_backward", True, False, dy=dy, v=v, x=x, f=f)
     check.mask("mask", mask, dy.shape)
     M, C = matrix(dy)
-    grads = torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(dy)
+    grads = empty_nhwc(dy, dy.shape), empty_nhwc(dy, dy.shape), empty_nhwc(dy, dy.shape)
     by = tiles(M, C, dy)
     launch(gate_act_backward_kernel, by.grid, (dy, mask, v, x, f, *grads, M, C), by.constexprs, by.num_warps)
     return grads

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.layout import empty_nhwc
 from ..ops.pointwise import strided, vector_like
-from .configs import Config, Product, check_operands, chosen, default, options, require_pixels
+from .configs import Product, check_operands, default, options, require_pixels
 from .gemm import (
     activated,
     bn_backward,
@@ -61,7 +61,6 @@ def convolved(
     a multiple of BK. ONCE: an element is transformed before it becomes a part of fragments, which several warps hold.
     """
     c, k = whole(C // WINDOW.groups), whole(K // WINDOW.groups)
-    tl.assume(c > 0)
     rows = m < M
     m = tl.minimum(m, M - 1)
     h, w, pixel = m, m, m
@@ -73,7 +72,7 @@ def convolved(
     a_rows = x + (pixel.to(tl.int64) * C)[:, None] + group * c
     b_rows = weight + ((group * k + tl.minimum(n, k - 1)) * (WINDOW.taps * c))[None, :]
     at, r, s = 0, 0, 0
-    for i in range(0, tl.cdiv(c, BK) * WINDOW.taps):
+    for i in range(0, tl.maximum(tl.cdiv(c, BK) * WINDOW.taps, 1)):
         if WINDOW.taps == 1:
             at = i * BK
         exists = column < c - at
@@ -188,7 +187,6 @@ def transposed(
     dy, or the batch norm's backward of it, is [N, P, Q, K]; weight [K, R, S, C / groups]. EVEN, ONCE: as above, of K.
     """
     c, k = whole(C // WINDOW.groups), whole(K // WINDOW.groups)
-    tl.assume(k > 0)
     r0, s0, down, across = phase_taps(phase, WINDOW)
     read = (down > 0) & (across > 0)
     p = (h + WINDOW.padding_h - r0 * WINDOW.dilation_h) // WINDOW.stride_h
@@ -203,8 +201,7 @@ def transposed(
     steps = tl.cdiv(k, BK) * WINDOW.taps
     if WINDOW.phases > 1:
         steps = tl.where(read, tl.cdiv(k, BK) * down * across, 1)
-    tl.assume(steps > 0)
-    for step in range(0, steps):
+    for step in range(0, tl.maximum(steps, 1)):
         if WINDOW.taps == 1:
             at = step * BK
         back = (i * WINDOW.back_h) * Q + j * WINDOW.back_w
@@ -316,8 +313,6 @@ def dgrad(
     tensors = 1 if u is None else 2
     product = Product(n * high * wide, c // groups, k // groups, arch_of(dy), tensors, 2 * (tensors - 1), groups)
     config = default(product)
-    if u is not None and product.arch // 10 == 9:  # of shorter steps ptxas serialises the wgmma (C7515)
-        config = chosen([Config(128, 128, 64, 8, 2)])
     sums = vector_like(dy, c, gated), vector_like(dy, c, gated)
     by = Tiles(window.phases * triton.cdiv(product.m, config.m), c, 8, 1, config.n, config.warps, chunk=1)
     partial = empty_partials(sums[0], by, 2) if gated else None
