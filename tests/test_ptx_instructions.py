@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import ptx
 import pytest
@@ -77,6 +78,10 @@ def divide(a: int, b: int) -> int:  # toward zero
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
+def halves(a: int, b: int, f: Callable[[int, int], int]) -> int:
+    return (f(a >> 16, b >> 16) & 0xFFFF) << 16 | f(a & 0xFFFF, b & 0xFFFF) & 0xFFFF
+
+
 S, U = signed, lambda x, bits: x & ((1 << bits) - 1)
 INTEGER = {
     # instruction: bits of the sources, bits of the result, reference on raw bit patterns
@@ -104,6 +109,9 @@ INTEGER = {
     "max.u32 %d, %a, %b": (32, 32, max),
     "min.u16 %d, %a, %b": (16, 16, min),
     "max.s64 %d, %a, %b": (64, 64, lambda a, b: max(S(a, 64), S(b, 64))),
+    "add.s16x2 %d, %a, %b": (32, 32, lambda a, b: halves(a, b, lambda x, y: x + y)),
+    "min.s16x2 %d, %a, %b": (32, 32, lambda a, b: halves(a, b, lambda x, y: min(S(x, 16), S(y, 16)))),
+    "max.u16x2 %d, %a, %b": (32, 32, lambda a, b: halves(a, b, max)),
     "abs.s32 %d, %a": (32, 32, lambda a, b: abs(S(a, 32))),
     "neg.s64 %d, %a": (64, 64, lambda a, b: -a),
     "and.b32 %d, %a, %b": (32, 32, lambda a, b: a & b),

@@ -31,7 +31,8 @@ def test_training_step(name: str, kind: str, memory: str, device: str) -> None:
     eager, fused = block(torchvision_resnet, name, kind), block(rf, name, kind)
     fused.memory = memory
     on = Device(device)
-    step_draws(fused, eager, on, torch.bfloat16, (4, 32, 9, 7), count=6)
+    # Few pixels, of which one on the other side of a ReLU weighs much: it takes draws to compare with eager's luck.
+    step_draws(fused, eager, on, torch.bfloat16, (4, 32, 9, 7), count=6 if name == "Bottleneck" else 16)
     if device != "triton-cuda":
         assert {"fprop_kernel", "dgrad_kernel", "wgrad_kernel"} < set(on.symbols)
         assert ("gram_kernel" in on.symbols) == (memory == "lean" and (name == "Bottleneck" or kind != "identity"))

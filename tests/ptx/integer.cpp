@@ -69,6 +69,27 @@ void decode_binary(Decoder& d) {
     d.fail("not an integer type");
 }
 
+// Two 16-bit numbers a register, F of each.
+template <class T, class F>
+struct InHalves {
+  uint32_t operator()(uint32_t a, uint32_t b) const {
+    const T low = F()(static_cast<T>(a), static_cast<T>(b));
+    const T high = F()(static_cast<T>(a >> 16), static_cast<T>(b >> 16));
+    return static_cast<uint16_t>(low) | static_cast<uint32_t>(static_cast<uint16_t>(high)) << 16;
+  }
+};
+
+template <class F>
+void decode_packable(Decoder& d) {
+  const bool sign = d.take("s16x2");
+  if (!sign && !d.take("u16x2")) return decode_binary<F>(d);
+  d.out.d = d.destination(d.operand(0), 4);
+  d.out.a = d.source(d.operand(1), Type::u32);
+  d.out.b = d.source(d.operand(2), Type::u32);
+  d.out.run = sign ? binary<uint32_t, uint32_t, uint32_t, InHalves<int16_t, F>>
+                   : binary<uint32_t, uint32_t, uint32_t, InHalves<uint16_t, F>>;
+}
+
 template <class F>
 void decode_logic(Decoder& d) {
   if (!d.take("pred")) return decode_binary<F>(d);
@@ -236,9 +257,9 @@ void decode_bmsk(Decoder& d) {
 // add, sub, mul, div, min, max, neg, abs and mad are in both tables: the floating one asks for these by type.
 void decode_integer_arithmetic(Decoder& d) {
   static const Table table = {
-      {"add", decode_binary<Add>}, {"sub", decode_binary<Sub>}, {"mul", decode_mul},
-      {"mad", decode_mul},         {"div", decode_binary<Div>}, {"min", decode_binary<Min>},
-      {"max", decode_binary<Max>}, {"neg", decode_unary<Neg>},  {"abs", decode_unary<Abs>}};
+      {"add", decode_packable<Add>}, {"sub", decode_binary<Sub>}, {"mul", decode_mul},
+      {"mad", decode_mul},         {"div", decode_binary<Div>}, {"min", decode_packable<Min>},
+      {"max", decode_packable<Max>}, {"neg", decode_unary<Neg>},  {"abs", decode_unary<Abs>}};
   for (size_t i = 0; i < d.mods(); ++i)
     if (d.mod(i) == "cc") return decode_carry(d);
   table.at(d.opcode())(d);
