@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
+
 from . import functional, models, reference
 from .blocks import (
     BasicBlock,
@@ -20,8 +22,6 @@ from .inference import optimize_for_inference
 from .preact import PreActBasicBlock, PreActBottleneck, PreActSequential
 from .reference import PaddedShortcut
 from .tune import tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BNReLUMaxPool",

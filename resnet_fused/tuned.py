@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock  # torch depends on it
 
+from . import __version__
 from .backend import LEAN_PLANS, Choice
 from .data import MissingPackageError, require
 
@@ -60,7 +61,7 @@ class Entry(NamedTuple):
 
 def machine(device: torch.device) -> dict[str, str]:
     """What a measurement depends on beside the problem."""
-    versions = {"torch": torch.__version__, "triton": _version("triton"), "resnet_fused": _version("resnet_fused")}
+    versions = {"torch": torch.__version__, "triton": _version("triton"), "resnet_fused": __version__}
     if device.type != "cuda":
         return {"device": f"{platform.machine()} {_processor()}, {torch.get_num_threads()} threads", **versions}
     properties = torch.cuda.get_device_properties(device)
