@@ -1,8 +1,9 @@
 PYTHON ?= python3
 JOBS   ?= 2
 ARCH   ?= sm_80
-# Architectures of `make wheel`; a release: make wheel ARCHES="8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-ARCHES ?= 8.0+PTX
+# Architectures of `make wheel`. The PTX is 8.0's: it is what the tests execute, no kernel is written for a newer one
+# alone, and every capability without machine code of its own can compile it.
+ARCHES ?= 8.0+PTX;8.6;8.9;9.0;10.0;12.0
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -13,7 +14,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -nam
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo test lint format bench gpu-check wheel ptx clean
+.PHONY: help setup demo test lint format bench gpu-check wheel sdist ptx docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -58,12 +59,23 @@ gpu-check: $(EXT)  ## everything that only a GPU can show, in ten minutes: resul
 wheel: $(VENV)/.installed  ## a CUDA and a CPU-only wheel into dist/, each installed in a clean environment and run
 	bash tools/wheels.sh "$(ARCHES)"
 
+sdist: $(VENV)/.installed  ## the source distribution into dist/
+	rm -f resnet_fused.egg-info/SOURCES.txt  # of which setuptools takes what MANIFEST.in no longer names
+	mkdir -p build dist
+	RESNET_FUSED_NO_EXTENSION=1 $(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' \
+	  >build/sdist.log 2>&1 || { cat build/sdist.log; exit 1; }
+	ls -l dist/*.tar.gz
+
 ptx: $(VENV)/.installed  ## the PTX of every kernel into build/ptx/ (ARCH=sm_80)
 	mkdir -p build/ptx
 	nvcc=$$($(PY) resnet_fused/_toolchain.py) && for source in $$(find csrc -name '*.cu'); do \
 	  $$nvcc -std=c++17 -O3 -Werror all-warnings -Icsrc -ptx -arch=$(ARCH) \
 	    -o build/ptx/$$(basename $$source .cu).$(ARCH).ptx $$source || exit 1; done
 	ls -l build/ptx
+
+docs: $(EXT)  ## the public API's documentation into build/docs/
+	$(PY) -m pdoc resnet_fused '!resnet_fused.explain' '!resnet_fused.tune' -o build/docs
+	@echo build/docs/resnet_fused.html
 
 clean:  ## everything built, but not the virtual environment
 	rm -rf build dist $(EXT) *.egg-info

@@ -107,6 +107,7 @@ class BasicBlock(FusedBlock, reference.BasicBlock):
 
     Arguments, errors and state_dict of `torchvision.models.resnet.BasicBlock`. x: [N, inplanes, H, W] of the
     parameters' dtype (or any under autocast); returns [N, planes, ceil(H/stride), ceil(W/stride)] channels_last.
+    Dtypes, and the errors for other inputs, are those of `resnet_fused.functional.residual_block`.
     """
 
 
@@ -115,11 +116,15 @@ class Bottleneck(FusedBlock, reference.Bottleneck):
 
     Arguments and state_dict of `torchvision.models.resnet.Bottleneck`, groups and base_width (ResNeXt, wide)
     included. x: [N, inplanes, H, W]; returns [N, 4*planes, ceil(H/stride), ceil(W/stride)] channels_last.
+    Dtypes, and the errors for other inputs, are those of `resnet_fused.functional.residual_block`.
     """
 
 
 class ScaledBasicBlock(BasicBlock):
-    """relu(shortcut_scale * shortcut(x) + branch_scale * F(x)) with BasicBlock's F; the scales cost no pass."""
+    """relu(shortcut_scale shortcut(x) + branch_scale F(x)) with `BasicBlock`'s F; the scales cost no pass.
+
+    Shapes, dtypes, errors and the other arguments are BasicBlock's: x: [N, inplanes, H, W] -> [N, planes, P, Q].
+    """
 
     def __init__(self, *args: Any, branch_scale: float = 0.1, shortcut_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -127,7 +132,10 @@ class ScaledBasicBlock(BasicBlock):
 
 
 class ScaledBottleneck(Bottleneck):
-    """relu(shortcut_scale * shortcut(x) + branch_scale * F(x)) with Bottleneck's F; the scales cost no pass."""
+    """relu(shortcut_scale shortcut(x) + branch_scale F(x)) with `Bottleneck`'s F; the scales cost no pass.
+
+    Shapes, dtypes, errors and the other arguments are Bottleneck's: x: [N, inplanes, H, W] -> [N, 4*planes, P, Q].
+    """
 
     def __init__(self, *args: Any, branch_scale: float = 0.1, shortcut_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,13 +143,20 @@ class ScaledBottleneck(Bottleneck):
 
 
 class ConcatBasicBlock(FusedBlock, reference.ConcatBasicBlock):
-    """[x | relu(F(x))] with BasicBlock's F, fused: x: [N, inplanes, H, W] -> [N, inplanes + planes, H, W]."""
+    """[x | relu(F(x))] along the channels with `BasicBlock`'s F of stride 1, fused.
+
+    x: [N, inplanes, H, W] -> [N, inplanes + planes, H, W]. norm_layer: as BasicBlock's, and so are dtypes and errors.
+    """
 
     concatenates = True
 
 
 class ConcatBottleneck(FusedBlock, reference.ConcatBottleneck):
-    """[x | relu(F(x))] with Bottleneck's F, fused: x: [N, inplanes, H, W] -> [N, inplanes + 4*planes, H, W]."""
+    """[x | relu(F(x))] along the channels with `Bottleneck`'s F of stride 1, fused.
+
+    x: [N, inplanes, H, W] -> [N, inplanes + 4*planes, H, W]. groups, base_width, norm_layer: as Bottleneck's, and so
+    are dtypes and errors.
+    """
 
     concatenates = True
 
@@ -149,7 +164,11 @@ class ConcatBottleneck(FusedBlock, reference.ConcatBottleneck):
 class ConvBNAct(NotScripted, nn.Module):
     """act(bn(conv(x)) + residual) as one fused unit; `norm=False` is conv + bias.
 
-    Holds `conv` and (with a norm) `bn`; arguments as nn.Conv2d's. x: [N, in_channels, H, W].
+    Holds `conv` and (with a norm) `bn`. in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as
+    nn.Conv2d's. relu: whether there is an act. memory: "lean" or "fast", what is kept for backward.
+    x: [N, in_channels, H, W]; residual: [N, out_channels, P, Q] or None; returns [N, out_channels, P, Q] channels_last.
+    Dtypes, and the errors for other inputs, are those of `resnet_fused.functional.conv_bn_act`.
+    Raises ValueError for another `memory`.
     """
 
     def __init__(
@@ -225,9 +244,10 @@ def _with_norm(run: Callable[..., Any], bn: nn.BatchNorm2d, like: Tensor, pixels
 
 
 class BNReLUMaxPool(NotScripted, nn.BatchNorm2d):
-    """maxpool(relu(bn(x))) in one pass; arguments, parameters, buffers and state_dict of nn.BatchNorm2d.
+    """maxpool(relu(bn(x))) in one pass; arguments, parameters, buffers and state_dict of `torch.nn.BatchNorm2d`.
 
-    x: [N, C, H, W]; returns the pooled [N, C, P, Q].
+    The pool is 3x3, stride 2, padding 1. x: [N, C, H, W] float32, bfloat16, float16 or float64; returns the pooled
+    [N, C, P, Q] channels_last. Raises ValueError for x of another shape, RuntimeError for another dtype.
     """
 
     pool = Pool(3, 2, 1)

@@ -168,7 +168,11 @@ def fuse_(model: nn.Module, memory: Memory = "lean") -> Report:
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """The exact inverse of `fuse_`: classes, stem and weight layout as they were. Returns `model`."""
+    """The exact inverse of `fuse_`: classes, stem and weight layout as they were.
+
+    model: any module, fused or not; parameters and buffers keep their values, dtypes and identity. Returns `model`.
+    Raises TypeError for something that is no module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
     for module in list(model.modules()):

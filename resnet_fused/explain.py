@@ -85,8 +85,9 @@ def _against(ours: float | None, eager: float | None) -> str:
 def explain(model: nn.Module, example_input: Tensor) -> Explanation:
     """Run `model` once on `example_input` [N, C, H, W] and tell how each part of it ran.
 
-    The mode (train or eval) is the model's; buffers and random state are put back afterwards. Bytes are those of a
-    training step, forward and backward.
+    example_input: of any dtype that the model takes. The mode (train or eval) is the model's; buffers and random state
+    are put back afterwards. Bytes are those of a training step, forward and backward. `print` of the result is a table.
+    Raises TypeError for a `model` that is no module; else what the model itself raises for this input.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")

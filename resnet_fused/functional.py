@@ -24,6 +24,8 @@ from .ops.spec import BlockSpec, UnitSpec
 from .planner import plan_units, special_shortcut
 from .recorder import record
 
+__all__ = ["BNConv", "ConvBN", "Padded", "conv_bn_act", "gate_act", "preact_block", "residual_block"]
+
 Memory = Literal["lean", "fast"]
 
 
@@ -32,9 +34,10 @@ class ConvBN:
     """The tensors and constants of one conv + batch norm unit.
 
     weight: [K, C/groups, R, S]; bias, gamma, beta, running_mean, running_var: [K] or None.
-    `training` normalises with the batch's statistics and moves the running ones in place, as nn.BatchNorm2d
-    does: by `momentum`, or with None by the cumulative mean over `num_batches_tracked` (0-d int64, counted up).
-    `has_norm=False` is a convolution with its bias alone.
+    `training` normalises with the batch's statistics and moves the running ones in place as nn.BatchNorm2d does,
+    by `momentum`, or with None by the cumulative mean over `num_batches_tracked` (0-d int64, counted up).
+    `has_norm=False` is a convolution with its bias alone. stride, padding, dilation, groups: F.conv2d's, and `eps`
+    F.batch_norm's. The weight has the input's dtype, vectors any floating one; the functions check all of them.
     """
 
     weight: Tensor
@@ -55,6 +58,7 @@ class ConvBN:
 
     @property
     def geometry(self) -> Geometry:
+        """Stride, padding, dilation and groups together."""
         return Geometry(self.stride, self.padding, self.dilation, self.groups)
 
     @property
@@ -71,7 +75,8 @@ def conv_bn_act(
     Equivalent to: ``y = F.batch_norm(F.conv2d(x, weight, ...), ...); y = F.relu(y + residual)``
 
     x: [N, C, H, W] float32, bfloat16, float16 or float64, any strides; residual: [N, K, P, Q] of the same dtype.
-    Returns [N, K, P, Q] channels_last. Raises ValueError or RuntimeError naming the argument.
+    unit: its weight of x's dtype. relu: whether there is an act. memory: as in `residual_block`, and so are the errors.
+    Returns [N, K, P, Q] channels_last.
     """
     return residual_block(x, [unit], residual, relu=relu, memory=memory)
 
@@ -87,14 +92,18 @@ def residual_block(
 ) -> Tensor:
     """act(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)): a whole block, forward and backward fused.
 
-    x: [N, C, H, W]. `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), a Padded (x
-    strided, with channels of zeros), or None. A shortcut that broadcasts to [N, K, P, Q] runs as plain PyTorch.
+    x: [N, C, H, W] float32, bfloat16, float16 or float64, any strides. units: of the chain, in order; their weights
+    have x's dtype (under autocast each may have any). relu: whether there is an act.
+    `shortcut`: "identity", a tensor [N, K, P, Q] to add, a ConvBN (projection of x), a `Padded` (x strided, with
+    channels of zeros), or None. A shortcut that broadcasts to [N, K, P, Q] runs as plain PyTorch.
     "concat" puts x in front of the chain's channels instead of adding it, outside of the ReLU: [N, C + K, P, Q].
     `branch_scale` and `shortcut_scale` multiply the two terms of the sum; they cost no pass over memory.
     `memory`: "lean" never keeps the last unit's raw output, "fast" keeps it.
     Returns [N, K, P, Q] channels_last (or as "concat" says); running statistics of training units are moved in place.
     Source of the mathematics: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5;
-    the backward of `resnet_fused.ops.block`. Second derivatives raise.
+    the backward of `resnet_fused.ops.block`.
+    Raises, before anything is written, TypeError for an x that is no Tensor and ValueError naming the argument, what
+    came and what was expected; second derivatives raise RuntimeError.
     """
     check_memory(memory)
     if not units:
@@ -294,7 +303,7 @@ Stats = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class BNConv(ConvBN):
-    """One unit conv(relu(bn(x))): fields as ConvBN's, but the norm's are [C], those of the input's channels."""
+    """One unit conv(relu(bn(x))): fields and dtypes as `ConvBN`'s, but the norm's are [C], of the input's channels."""
 
 
 def preact_block(
@@ -306,12 +315,13 @@ def preact_block(
 ) -> tuple[Tensor, Stats | None]:
     """u_n + x with u_i = conv_i(relu(bn_i(u_{i-1}))), u_0 = x: a pre-activation block, forward and backward fused.
 
-    x: [N, C, H, W]. `projection`, a convolution without a norm, takes relu(bn_1(x)) and stands in for the identity.
+    x: [N, C, H, W] float32, bfloat16, float16 or float64, any strides. units: in order, their weights of x's dtype.
+    `projection`, a convolution without a norm, takes relu(bn_1(x)) and stands in for the identity.
     `stats`: mean and biased variance of x, each [C] in the accumulation type, from the block that wrote x; without
     them a pass over x takes them. Their gradient is part of x's. `hand_on`: whether to return those of y, which the
     pass that writes y takes. Returns (y [N, K, P, Q] channels_last, (mean, var) or None); running statistics of
     training units are moved in place. Source: He et al., "Identity Mappings in Deep Residual Networks" (2016),
-    figure 1. Second derivatives raise.
+    figure 1. Errors as `residual_block`'s: ValueError naming the argument.
     """
     if not units:
         raise ValueError("units is empty, expected at least one BNConv")
@@ -355,7 +365,8 @@ def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool = True) -> Tensor:
     """act((1 - g) x + g f) with g = sigmoid(v): one pass forward, one backward.
 
     v, x, f: [N, C, H, W] of one dtype, any strides; what eager PyTorch broadcasts or promotes runs as plain PyTorch.
-    Returns [N, C, H, W] channels_last. Second derivatives raise.
+    relu: whether there is an act. Returns [N, C, H, W] channels_last. Raises TypeError for a v that is no Tensor;
+    second derivatives raise RuntimeError.
     """
     reason = fallback_reason(v)
     if reason is None and (v.dim() != 4 or not v.shape == x.shape == f.shape):

@@ -11,7 +11,10 @@ from .modules import NotScripted
 
 
 class GateAct(NotScripted, nn.Module):
-    """relu((1 - g) x + g f) with g = sigmoid(v), one pass; v, x, f: [N, C, H, W]."""
+    """act((1 - g) x + g f) with g = sigmoid(v), one pass; `relu=False` is without the act.
+
+    v, x, f: [N, C, H, W] -> the same shape. Dtypes and errors are those of `resnet_fused.functional.gate_act`.
+    """
 
     def __init__(self, relu: bool = True) -> None:
         super().__init__()
@@ -27,7 +30,8 @@ class GateAct(NotScripted, nn.Module):
 class GatedBlock(NotScripted, nn.Module):
     """relu((1 - g) x + g F(x)), g = sigmoid(conv1x1(x)), F = conv5x5(relu(conv3x3(x))); all with bias, no norms.
 
-    x: [N, channels, H, W] -> the same shape.
+    x: [N, channels, H, W] -> the same shape. Dtypes and errors are those of `resnet_fused.functional.conv_bn_act`.
+    Source: Srivastava et al., "Highway Networks" (2015), equation 3.
     """
 
     def __init__(self, channels: int) -> None:

@@ -207,7 +207,8 @@ def optimize_for_inference(model: nn.Module, example_input: Tensor) -> nn.Module
     model: a torchvision, timm or resnet_fused ResNet, fused or not; parts that are not recognised stay as they are.
     example_input: [N, C, H, W] of the model's dtype, the size to pack for; other sizes work and are packed when they
     come. The copy's `report` tells what was folded. It raises RuntimeError when it is asked to train, or given an
-    input that requires grad under grad mode.
+    input that requires grad under grad mode. Raises TypeError for a `model` that is no module, ValueError for an
+    `example_input` of another shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")

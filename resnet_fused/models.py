@@ -15,12 +15,13 @@ Block = type[reference.BasicBlock] | type[reference.Bottleneck]  # the fused blo
 
 
 class ResNet(FusedStem):
-    """ResNet for [N, 3, H, W] images, returning logits [N, num_classes].
+    """ResNet for images x: [N, 3, H, W], returning logits [N, num_classes] of x's dtype, which is the parameters'.
 
     Arguments as `torchvision.models.ResNet`; `block` is a class with torchvision's block signature
     and an `expansion`. With batch norm (the default) `bn1`, `relu` and `maxpool` run in one pass.
 
-    Raises ValueError if `replace_stride_with_dilation` has not three entries.
+    Raises ValueError if `replace_stride_with_dilation` has not three entries, RuntimeError for x of other channels or
+    dtype than conv1's.
     """
 
     def __init__(
@@ -140,7 +141,10 @@ def wide_resnet50_2(**kwargs) -> ResNet:
 
 
 class MNISTBlock(BasicBlock):
-    """relu(x + conv5x5(relu(conv3x3(x)))), both convs biased, no norms: [N, C, H, W] -> the same shape."""
+    """relu(x + conv5x5(relu(conv3x3(x)))), both convs biased, no norms.
+
+    x: [N, channels, H, W] -> the same shape. Dtypes and errors are those of `resnet_fused.functional.residual_block`.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, norm_layer=nn.Identity)
@@ -149,7 +153,7 @@ class MNISTBlock(BasicBlock):
 
 
 class MNISTResNet(nn.Module):
-    """A small ResNet without norms for [N, 1, 28, 28] digits, returning logits [N, 10].
+    """A small ResNet without norms for digits x: [N, 1, 28, 28] of the parameters' dtype, returning logits [N, 10].
 
     Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32*5*5 = 800 features.
     Raises ValueError for an input of another shape.
@@ -173,7 +177,7 @@ class MNISTResNet(nn.Module):
 
 
 def mnist_resnet() -> MNISTResNet:
-    """`MNISTResNet` (210,882 parameters)."""
+    """`MNISTResNet` (210,882 parameters), [N, 1, 28, 28] -> [N, 10]."""
     return MNISTResNet()
 
 
@@ -193,7 +197,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create(name: str, **kwargs) -> nn.Module:
-    """The network called `name`, one of `MODELS`; raises ValueError for any other name."""
+    """The network called `name`, one of `MODELS`, with its constructor's keywords. Raises ValueError for any other."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)}")
     return MODELS[name](**kwargs)

@@ -82,7 +82,12 @@ class PreActBlock(NotScripted, nn.Module):
 
 
 class PreActBasicBlock(PreActBlock):
-    """3x3 (with the stride), 3x3."""
+    """conv3x3(relu(bn2(conv3x3(relu(bn1(x)))))) + shortcut, fused; the stride on the first 3x3.
+
+    x: [N, inplanes, H, W]; returns [N, planes, ceil(H/stride), ceil(W/stride)] channels_last. norm_layer: makes a norm
+    of so many channels. A 1x1 convolution is the shortcut where shape or stride changes.
+    Dtypes and errors are those of `resnet_fused.functional.preact_block`.
+    """
 
     expansion: int = 1
 
@@ -98,7 +103,12 @@ class PreActBasicBlock(PreActBlock):
 
 
 class PreActBottleneck(PreActBlock):
-    """1x1, 3x3 (with the stride), 1x1 (x4)."""
+    """conv1x1(relu(bn3(conv3x3(relu(bn2(conv1x1(relu(bn1(x))))))))) + shortcut, fused; the stride on the 3x3.
+
+    x: [N, inplanes, H, W]; returns [N, 4*planes, ceil(H/stride), ceil(W/stride)] channels_last. norm_layer: makes a
+    norm of so many channels. A 1x1 convolution is the shortcut where shape or stride changes.
+    Dtypes and errors are those of `resnet_fused.functional.preact_block`.
+    """
 
     expansion: int = 4
 
@@ -117,7 +127,11 @@ class PreActBottleneck(PreActBlock):
 
 
 class PreActSequential(NotScripted, nn.Sequential):
-    """nn.Sequential in which a pre-activation block hands the statistics of its output to the block behind it."""
+    """nn.Sequential in which a pre-activation block hands the statistics of its output to the block behind it.
+
+    Arguments, state_dict and results of nn.Sequential. x: [N, C, H, W] -> what the last block gives, [N, K, P, Q];
+    dtypes and errors are the blocks'.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):

@@ -29,13 +29,13 @@ def average_factor(num_batches_tracked: Tensor | None, momentum: float | None) -
 
 
 def conv_bn(x: Tensor, unit: ConvBN) -> Tensor:
-    """bn(conv(x)): [N, C, H, W] -> [N, K, P, Q]."""
+    """bn(conv(x)), x: [N, C, H, W] -> [N, K, P, Q]; without the bn if the `unit` has none."""
     u = F.conv2d(x, unit.weight, unit.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
     return norm(u, unit) if unit.has_norm else u
 
 
 def norm(u: Tensor, unit: ConvBN) -> Tensor:
-    """The unit's batch norm of u [N, K, P, Q]."""
+    """The batch norm of `unit` for u: [N, K, P, Q] -> the same; moves the running statistics of a training one."""
     moves = unit.training and unit.running_mean is not None
     factor = float(average_factor(unit.num_batches_tracked, unit.momentum)) if moves else 0.0
     return F.batch_norm(
@@ -51,7 +51,10 @@ def residual_block(
     branch_scale: float = 1.0,
     shortcut_scale: float = 1.0,
 ) -> Tensor:
-    """The plain form of `functional.residual_block`."""
+    """The plain form of `resnet_fused.functional.residual_block`: x: [N, C, H, W] -> [N, K, P, Q].
+
+    units, shortcut, relu, branch_scale, shortcut_scale: as there. Errors are eager PyTorch's.
+    """
     y = x
     for unit in units[:-1]:
         y = F.relu(conv_bn(y, unit))
@@ -70,7 +73,10 @@ def residual_block(
 
 
 def preact_block(x: Tensor, units: Sequence[ConvBN], projection: ConvBN | None = None) -> Tensor:
-    """The plain form of `functional.preact_block`."""
+    """The plain form of `resnet_fused.functional.preact_block`: x: [N, C, H, W] -> [N, K, P, Q].
+
+    units, projection: as there. Errors are eager PyTorch's.
+    """
     y, shortcut = x, x
     for i, unit in enumerate(units):
         y = F.relu(norm(y, unit))
@@ -81,7 +87,7 @@ def preact_block(x: Tensor, units: Sequence[ConvBN], projection: ConvBN | None =
 
 
 def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool = True) -> Tensor:
-    """act((1 - g) x + g f) with g = sigmoid(v)."""
+    """act((1 - g) x + g f) with g = sigmoid(v), relu or nothing as act; v, x, f: [N, C, H, W] -> the same shape."""
     g = torch.sigmoid(v)
     y = (1 - g) * x + g * f
     return F.relu(y) if relu else y
@@ -93,25 +99,31 @@ def scaled(x: Tensor, by: float) -> Tensor:
 
 
 def bn_act_pool(x: Tensor, bn: nn.BatchNorm2d, kernel: int, stride: int, padding: int) -> Tensor:
-    """maxpool(relu(bn(x))), the stem's tail."""
+    """maxpool(relu(bn(x))), the stem's tail, with a square pool of `kernel`, `stride` and `padding`.
+
+    x: [N, C, H, W] -> [N, C, P, Q], the pooled size.
+    """
     return F.max_pool2d(F.relu(nn.BatchNorm2d.forward(bn, x)), kernel, stride, padding)
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """3x3 convolution that keeps the size at stride 1."""
+    """3x3 convolution, no bias: [N, in_planes, H, W] -> [N, planes, ceil(H/stride), ceil(W/stride)].
+
+    groups, dilation: as nn.Conv2d's; the padding is the dilation.
+    """
     return nn.Conv2d(in_planes, planes, 3, stride, dilation, dilation, groups, bias=False)
 
 
 def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution."""
+    """1x1 convolution, no bias: [N, in_planes, H, W] -> [N, planes, ceil(H/stride), ceil(W/stride)]."""
     return nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
 
 class PaddedShortcut(nn.Module):
     """The shortcut without parameters ("option A"): every stride-th pixel, channels of zeros around x's.
 
-    `before` of the zero channels come in front, by default none. x: [N, in_channels, H, W]; returns
-    [N, out_channels, ceil(H/stride), ceil(W/stride)].
+    `before` of the zero channels come in front, by default none. x: [N, in_channels, H, W] of any dtype; returns
+    [N, out_channels, ceil(H/stride), ceil(W/stride)]. Raises ValueError for a `stride` or `before` that does not fit.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, before: int = 0) -> None:
@@ -133,7 +145,11 @@ class PaddedShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """relu(bn2(conv3x3(relu(bn1(conv3x3(x))))) + shortcut): names, defaults and state_dict of torchvision's."""
+    """relu(bn2(conv3x3(relu(bn1(conv3x3(x))))) + shortcut): names, defaults and state_dict of torchvision's.
+
+    Arguments as `torchvision.models.resnet.BasicBlock`. x: [N, inplanes, H, W] -> [N, planes, P, Q]. Raises ValueError
+    for groups or another base_width, NotImplementedError for a dilation.
+    """
 
     expansion: int = 1
     branch_scale: float = 1.0  # of the two terms of the sum
@@ -172,7 +188,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 (x4): names, defaults and state_dict of torchvision's."""
+    """1x1, 3x3 (with the stride), 1x1 (x4): names, defaults and state_dict of torchvision's.
+
+    Arguments as `torchvision.models.resnet.Bottleneck`. x: [N, inplanes, H, W] -> [N, 4*planes, P, Q].
+    """
 
     expansion: int = 4
     branch_scale: float = 1.0  # of the two terms of the sum
@@ -211,7 +230,10 @@ class Bottleneck(nn.Module):
 
 
 class ConcatBasicBlock(BasicBlock):
-    """[x | relu(bn2(conv3x3(relu(bn1(conv3x3(x))))))] along the channels: the concatenation connection."""
+    """[x | relu(bn2(conv3x3(relu(bn1(conv3x3(x))))))] along the channels: the concatenation connection.
+
+    x: [N, inplanes, H, W] -> [N, inplanes + planes, H, W]. norm_layer: as `BasicBlock`'s.
+    """
 
     def __init__(self, inplanes: int, planes: int, norm_layer: Any = None) -> None:
         super().__init__(inplanes, planes, norm_layer=norm_layer)
@@ -222,7 +244,10 @@ class ConcatBasicBlock(BasicBlock):
 
 
 class ConcatBottleneck(Bottleneck):
-    """[x | relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(conv1x1(x)))))))))] along the channels, of 4*planes new ones."""
+    """[x | relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(conv1x1(x)))))))))] along the channels.
+
+    x: [N, inplanes, H, W] -> [N, inplanes + 4*planes, H, W]. groups, base_width, norm_layer: as `Bottleneck`'s.
+    """
 
     def __init__(
         self, inplanes: int, planes: int, groups: int = 1, base_width: int = 64, norm_layer: Any = None

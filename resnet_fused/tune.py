@@ -69,11 +69,12 @@ def tune(
 ) -> Report:
     """Measures the plans of each distinct problem that `model` poses on `example_input` [N, C, H, W].
 
-    In training mode forward and backward, else forward alone; the model is left as it was. What is in the cache is not
-    measured again unless `again`; each result is written at once, so that a run that was broken off goes on where it
-    was. After `seconds` no other problem is begun. backends: of ops; "triton" costs a compilation for each config.
-    timer: of milliseconds, in place of this machine's. Raises TypeError for what is no module, ValueError for fewer
-    than one round or a backend that there is not.
+    example_input: of the dtype and on the device to tune for. In training mode forward and backward, else forward
+    alone; the model is left as it was. rounds: of which a time is the median. What is in the cache is not measured
+    again unless `again`; each result is written at once, so that a run that was broken off goes on where it was. After
+    `seconds` no other problem is begun. backends: of ops; "triton" costs a compilation for each config. timer: of
+    milliseconds, in place of this machine's. progress: a bar on the terminal. Raises TypeError for what is no module
+    or no Tensor, ValueError for fewer than one round, a backend that there is not, or a device without kernels.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")

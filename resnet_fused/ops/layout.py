@@ -39,7 +39,8 @@ def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
 class Padded(NamedTuple):
     """A shortcut without parameters: every stride-th pixel, and channels of zeros around those of x.
 
-    The pixel (i, j) and channel c of the result read pixel (i*stride, j*stride) and channel c - before of x.
+    Pixel (i, j) and channel c of the result are pixel `(i*stride, j*stride)` and channel `c - before` of x:
+    [N, C, H, W] of any dtype -> [N, K, ceil(H/stride), ceil(W/stride)]. Source: He et al. (2015), option A.
     """
 
     stride: int = 1
