@@ -155,7 +155,7 @@ class MNISTBlock(BasicBlock):
 class MNISTResNet(nn.Module):
     """A small ResNet without norms for digits x: [N, 1, 28, 28] of the parameters' dtype, returning logits [N, 10].
 
-    Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32*5*5 = 800 features.
+    Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32 x 5 x 5 = 800 features.
     Raises ValueError for an input of another shape.
     """
 
