@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 import resnet_fused._C
 from resnet_fused import _toolchain, kernels
@@ -113,3 +114,13 @@ def test_kernels_are_examined_as_setup_compiles_them() -> None:
     flags = ast.literal_eval(found[1])
     host = flags.index("-Xcompiler")
     assert [*flags[:host], *flags[host + 2 :]] == list(kernels.FLAGS)
+
+
+def test_architectures_of_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code for six, and the PTX that the tests execute for every other capability from 8.0 on."""
+    found = re.search(r"^ARCHES \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", found[1])
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    assert set(re.findall(r"code=sm_(\w+)", flags)) == {"80", "86", "89", "90", "100", "120"}
+    assert re.findall(r"code=compute_(\w+)", flags) == ["80"]
