@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 arches=$1
-python=${PYTHON:-$PWD/.venv/bin/python}
+python=$PWD/.venv/bin/python
 cpu_torch=2.13.0+cpu # a torch without CUDA, older than the one built with; PyPI has none
 cpu_index=https://download.pytorch.org/whl/cpu
 tools=build/wheel-tools
