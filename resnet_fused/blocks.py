@@ -17,10 +17,12 @@ from torch.fx import Proxy
 from . import functional, reference
 from .checks import check_memory
 from .modules import (
+    BATCH_NORMS,
     NotScripted,
     conv_reason,
     convbn_of,
     global_hook_reason,
+    group_of,
     hook_reason,
     norm_reason,
     pool_reason,
@@ -32,7 +34,10 @@ from .ops.layout import to_nhwc
 from .ops.pointwise import matrix_kernels_take
 from .ops.stem import Stem
 from .ops.stem import obstacle as stem_obstacle
+from .ops.sync import Group
 from .recorder import record
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 class FusedBlock(NotScripted, nn.Module):
@@ -204,18 +209,18 @@ class ConvBNAct(NotScripted, nn.Module):
         return functional.conv_bn_act(x, convbn_of(self.conv, self.bn), residual, self.relu, self.memory)
 
 
-def bn_relu_maxpool(x: Tensor, bn: nn.BatchNorm2d, pool: Pool) -> Tensor:
+def bn_relu_maxpool(x: Tensor, bn: BatchNorm, pool: Pool) -> Tensor:
     """maxpool(relu(bn(x))) in one pass, the stem's tail: [N, C, H, W] -> [N, C, P, Q], the pooled size."""
-    bn._check_input_dim(x)
+    nn.BatchNorm2d._check_input_dim(bn, x)  # type: ignore[arg-type]
     n, c, h, w = x.shape
     if c != bn.num_features:
         raise ValueError(f"x has shape {list(x.shape)}, expected {bn.num_features} channels")
-    if _batch_stats(bn) and n * h * w == 1:
+    if _batch_stats(bn) and n * h * w == 1 and Group.of(group_of(bn)) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     return _with_norm(lambda *norm: StemTail.apply(to_nhwc(x), *norm, pool), bn, x, n * h * w)
 
 
-def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: Pool) -> Tensor:
+def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, pool: Pool) -> Tensor:
     """maxpool(relu(bn(conv(x)))) on the matrix kernels: [N, C, H, W] -> [N, K, P, Q], the pooled size."""
     g = convbn_of(conv, bn).geometry
     weight = conv.weight.to(x.dtype)
@@ -223,23 +228,26 @@ def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: P
     return _with_norm(lambda *norm: Stem.apply(to_nhwc(x), weight, *norm, g, pool), bn, x, n * p * q)
 
 
-def _batch_stats(bn: nn.BatchNorm2d) -> bool:
+def _batch_stats(bn: BatchNorm) -> bool:
     """Whether it normalises with the batch's statistics."""
     return bn.training or bn.running_mean is None
 
 
-def _with_norm(run: Callable[..., Any], bn: nn.BatchNorm2d, like: Tensor, pixels: int) -> Tensor:
-    """run(gamma, beta, mean, var, eps, batch_stats) -> (y, mean, var); moves the running statistics."""
+def _with_norm(run: Callable[..., Any], bn: BatchNorm, like: Tensor, pixels: int) -> Tensor:
+    """run(gamma, beta, mean, var, eps, batch_stats, group) -> (y, mean, var, with a group the count [1]); moves the
+    running statistics."""
     c, batch_stats = bn.num_features, _batch_stats(bn)
     affine = functional.vector(bn.weight, 1, like, c), functional.vector(bn.bias, 0, like, c)
     given = functional.given_stats(
         bn.running_mean, bn.running_var, like, c, torch.is_grad_enabled() and not batch_stats
     )
-    y, mean, var = run(*affine, *given, bn.eps, batch_stats)
+    group = Group.of(group_of(bn))
+    y, mean, var, *count = run(*affine, *given, bn.eps, batch_stats, group)
     moves = bn.training and bn.track_running_stats
     if moves and bn.running_mean is not None and bn.running_var is not None:
         factor = reference.average_factor(bn.num_batches_tracked, bn.momentum)
-        functional.move_running(bn.running_mean, bn.running_var, mean, var, pixels, factor)
+        over = pixels if group is None else count[0]
+        functional.move_running(bn.running_mean, bn.running_var, mean, var, over, factor)
     return y
 
 
@@ -248,6 +256,9 @@ class BNReLUMaxPool(NotScripted, nn.BatchNorm2d):
 
     The pool is 3x3, stride 2, padding 1. x: [N, C, H, W] float32, bfloat16, float16 or float64; returns the pooled
     [N, C, P, Q] channels_last. Raises ValueError for x of another shape, RuntimeError for another dtype.
+
+    nn.SyncBatchNorm.convert_sync_batchnorm takes it for a norm alone, and the ReLU and the pool away: a network whose
+    statistics are shared by processes has the three modules, and its `FusedStem` runs them in one pass.
     """
 
     pool = Pool(3, 2, 1)
@@ -279,7 +290,7 @@ class FusedStem(NotScripted, nn.Module):
     def stem_reason(self) -> str | None:
         """Why the stem must run module by module; None if it runs fused."""
         bn, pool, act = self.bn1, self.maxpool, self.act_name
-        if type(bn) is not nn.BatchNorm2d:
+        if type(bn) not in BATCH_NORMS:
             return f"bn1 is a {type(bn).__name__}"
         reason = global_hook_reason() or pool_reason("maxpool", pool)
         return reason or relu_reason(act, getattr(self, act)) or hook_reason("bn1", bn)
@@ -308,14 +319,15 @@ class FusedStem(NotScripted, nn.Module):
         """maxpool(relu(bn1(conv1(x)))): [N, 3, H, W] -> [N, C, P, Q]."""
         if isinstance(x, Proxy):  # module by module, so that a graph may be tapped anywhere
             return self.stem_by_modules(self.conv1(x))
-        reason = self.stem_reason() or functional.fallback_reason(x)
+        shared = Group.of(group_of(self.bn1)) is not None
+        reason = self.stem_reason() or functional.fallback_reason(x, shared=shared)
         whole = reason is None and self.conv1_reason(x) is None
         units: tuple[functional.ConvBN, ...] = ()
         if whole:
             x, units = x.to(functional.operand_dtype(x)), (convbn_of(self.conv1, self.bn1),)  # type: ignore[arg-type]
         else:
             x = self.conv1(x)
-            reason = reason or functional.fallback_reason(x)
+            reason = reason or functional.fallback_reason(x, shared=shared)
         if reason is not None:
             record(x, units, None, None, reason)
             return self.stem_by_modules(x)

@@ -24,11 +24,14 @@ def check_memory(memory: str) -> None:
         raise ValueError(f'memory is {memory!r}, expected "lean" or "fast"')
 
 
-def fallback_reason(x: Tensor, has_norm: bool = True) -> str | None:
-    """Why eager PyTorch, which takes these arguments, must run them; None if the fused ops can."""
+def fallback_reason(x: Tensor, has_norm: bool = True, shared: bool = False) -> str | None:
+    """Why eager PyTorch, which takes these arguments, must run them; None if the fused ops can.
+
+    shared: whether other processes wait for statistics of x, even of an empty one.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a Tensor")
-    if x.dim() == 4 and x.numel() == 0:
+    if x.dim() == 4 and x.numel() == 0 and not shared:
         return "empty input"
     if x.dim() == 3 and not has_norm:
         return "no batch dimension"  # which a convolution takes and a batch norm does not
@@ -98,7 +101,7 @@ def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> 
             f"{name}: a {list(w.shape[2:])} kernel (dilation {list(unit.dilation)}, padding {list(unit.padding)}) "
             f"does not fit into an input of shape {list(x_shape)}"
         )
-    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1 and unit.shared is None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
         )
@@ -151,7 +154,7 @@ def _check_norm(name: str, unit: ConvBN, shape: tuple[int, ...], x: Tensor) -> N
             )
     if (unit.running_mean is None) != (unit.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var must both be given, or neither")
-    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1 and unit.shared is None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock, FusedStem
+from .modules import group_of
 from .ops.bn_act_pool import Pool
 from .ops.preact_block import PreActSpec
+from .ops.sync import Group
 from .planner import explain_units, special_shortcut
 from .preact import PreActBlock
 from .recorder import Call, recording
@@ -86,7 +88,8 @@ def explain(model: nn.Module, example_input: Tensor) -> Explanation:
     """Run `model` once on `example_input` [N, C, H, W] and tell how each part of it ran.
 
     example_input: of any dtype that the model takes. The mode (train or eval) is the model's; buffers and random state
-    are put back afterwards. Bytes are those of a training step, forward and backward. `print` of the result is a table.
+    are put back afterwards. Bytes are those of a training step, forward and backward. Where norms are shared by several
+    processes, each of them makes the call. `print` of the result is a table.
     Raises TypeError for a `model` that is no module; else what the model itself raises for this input.
     """
     if not isinstance(model, nn.Module):
@@ -165,9 +168,11 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
         return Row(name, kind, call.x_shape, "eager", call.reason)
     spec: Any = call.spec
     if isinstance(spec, PreActSpec):
-        return Row(name, kind, call.x_shape, "fused", "normalised, activated and added in the passes between")
+        reason = "normalised, activated and added in the passes between" + _collectives(spec.groups)
+        return Row(name, kind, call.x_shape, "fused", reason)
     if isinstance(spec, Pool):
         tail = "batch norm, ReLU and max pool in one pass"
+        tail += _collectives([Group.of(group_of(getattr(module, "bn1", module)))])
         plan, reason = ("cuda: conv", f"statistics with the convolution, {tail}") if call.units else ("fused", tail)
         return _counted(name, kind, call, plan, reason, *stem_bytes(call))
     projected = spec.shortcut == "projection"
@@ -179,7 +184,21 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
     on_kernels = call.kernels and any(units_on_kernels(call))
     plan = ("cuda: " if on_kernels else "aten: ") + " + ".join(p for p, _ in ends)
     why = dict.fromkeys([*(r for _, r in ends), *([special] if special else [])])
-    return _counted(name, kind, call, plan, "; ".join(why), *block_bytes(call))
+    groups = [unit.group for unit in spec.units]
+    sent = _collectives(groups, together=projected and groups[-1] == groups[-2])
+    return _counted(name, kind, call, plan, "; ".join(why) + sent, *block_bytes(call))
+
+
+def _collectives(groups: Sequence[Group | None], together: bool = False) -> str:
+    """What a unit's norms send; `together`: the last two in one message."""
+    shared = [group for group in groups if group is not None]
+    if not shared:
+        return ""
+    size = "/".join(dict.fromkeys(str(group.size) for group in shared))
+    return (
+        f"; statistics of {size} processes: {len(shared) - (together and groups[-1] is not None)} + {len(shared)} "
+        "collectives, forward + backward"
+    )
 
 
 def _counted(name: str, kind: str, call: Call, plan: str, reason: str, eager: Bytes, ours: Bytes) -> Row:

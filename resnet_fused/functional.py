@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .ops.pointwise import matrix_kernels_take
 from .ops.preact_block import PreActSpec
 from .ops.residual_block import ResidualBlock, encode
 from .ops.spec import BlockSpec, UnitSpec
+from .ops.sync import Group
 from .planner import plan_units, special_shortcut
 from .recorder import record
 
@@ -38,6 +39,8 @@ class ConvBN:
     by `momentum`, or with None by the cumulative mean over `num_batches_tracked` (0-d int64, counted up).
     `has_norm=False` is a convolution with its bias alone. stride, padding, dilation, groups: F.conv2d's, and `eps`
     F.batch_norm's. The weight has the input's dtype, vectors any floating one; the functions check all of them.
+    `group`, a torch.distributed.ProcessGroup, makes a training norm that of all its processes' batches together, which
+    may differ in size, as nn.SyncBatchNorm does: each of them makes the call.
     """
 
     weight: Tensor
@@ -55,6 +58,7 @@ class ConvBN:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     has_norm: bool = True
+    group: Any = None
 
     @property
     def geometry(self) -> Geometry:
@@ -65,6 +69,11 @@ class ConvBN:
     def batch_stats(self) -> bool:
         """Whether this call normalises with the batch's statistics."""
         return self.has_norm and (self.training or self.running_mean is None)
+
+    @property
+    def shared(self) -> Group | None:
+        """The processes whose batches this call normalises as one; None where that is this process alone."""
+        return Group.of(self.group) if self.has_norm and self.training else None
 
 
 def conv_bn_act(
@@ -114,7 +123,8 @@ def residual_block(
         return torch.cat([reference.scaled(x, shortcut_scale), y], 1)
     everything = [*units, shortcut] if isinstance(shortcut, ConvBN) else list(units)
     plain = x
-    reason = fallback_reason(x, any(unit.has_norm for unit in everything))
+    shared = any(unit.shared is not None for unit in everything)
+    reason = fallback_reason(x, any(unit.has_norm for unit in everything), shared)
     if reason is None:
         x, everything, residual = _autocast(x, everything, shortcut)
         shapes, reason = _check(x, everything, shortcut, residual)
@@ -220,6 +230,7 @@ def _specify(
             u.batch_stats,
             plan,
             save and u.gamma is not None and u.gamma.requires_grad,
+            u.shared,
         )
         for u, plan in zip(units, plans, strict=True)
     )
@@ -274,17 +285,18 @@ def _update_running(units: list[ConvBN], stats: Sequence[Tensor], shapes: list[t
         if not unit.batch_stats:
             continue
         mean, var = next(it), next(it)
+        pixels = n * p * q if unit.shared is None else next(it)
         if not unit.training or unit.running_mean is None or unit.running_var is None:
             continue
         if unit.bias is not None:
             mean = mean + unit.bias.detach()
         factor = reference.average_factor(unit.num_batches_tracked, unit.momentum)
-        move_running(unit.running_mean, unit.running_var, mean, var, n * p * q, factor)
+        move_running(unit.running_mean, unit.running_var, mean, var, pixels, factor)
 
 
 @torch.no_grad()
 def move_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, pixels: int, factor: float | Tensor
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, pixels: int | Tensor, factor: float | Tensor
 ) -> None:
     """running += factor (batch - running) in place, with the unbiased variance, as PyTorch does. All [K]."""
     if isinstance(factor, Tensor):
@@ -317,16 +329,17 @@ def preact_block(
 
     x: [N, C, H, W] float32, bfloat16, float16 or float64, any strides. units: in order, their weights of x's dtype.
     `projection`, a convolution without a norm, takes relu(bn_1(x)) and stands in for the identity.
-    `stats`: mean and biased variance of x, each [C] in the accumulation type, from the block that wrote x; without
-    them a pass over x takes them. Their gradient is part of x's. `hand_on`: whether to return those of y, which the
-    pass that writes y takes. Returns (y [N, K, P, Q] channels_last, (mean, var) or None); running statistics of
-    training units are moved in place. Source: He et al., "Identity Mappings in Deep Residual Networks" (2016),
-    figure 1. Errors as `residual_block`'s: ValueError naming the argument.
+    `stats`: mean and biased variance of x, each [C] in the accumulation type, from the block that wrote x (this
+    process's x, also where a norm has a group); without them a pass over x takes them. Their gradient is part of x's.
+    `hand_on`: whether to return those of y, which the pass that writes y takes. Returns (y [N, K, P, Q] channels_last,
+    (mean, var) or None); running statistics of training units are moved in place. Source: He et al., "Identity
+    Mappings in Deep Residual Networks" (2016), figure 1. Errors as `residual_block`'s: ValueError naming the argument.
+    Second derivatives raise.
     """
     if not units:
         raise ValueError("units is empty, expected at least one BNConv")
     plain, everything = x, [*units, *([] if projection is None else [projection])]
-    reason = fallback_reason(x)
+    reason = fallback_reason(x, shared=any(unit.shared is not None for unit in units))
     if reason is None:
         x, cast, _ = _autocast(x, [*everything], None)
         shapes = check_preact(x, cast[: len(units)], None if projection is None else cast[-1], stats)
@@ -335,7 +348,8 @@ def preact_block(
     if reason is not None:
         record(plain, units, projection, None, reason)
         return reference.preact_block(plain, units, projection), None
-    spec = PreActSpec(tuple(u.geometry for u in cast), tuple(u.batch_stats for u in units), tuple(u.eps for u in units))
+    norms = zip(*((u.batch_stats, u.eps, u.shared) for u in units), strict=True)
+    spec = PreActSpec(tuple(u.geometry for u in cast), *norms)
     tensors = [x, *(t for u in cast for t in (u.weight, u.gamma, u.beta))]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     record(x, units, projection, spec, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -15,12 +16,21 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
 
 
 def is_frozen_norm(bn: nn.Module) -> bool:
     """torchvision's FrozenBatchNorm2d: buffers only, always given statistics. (torchvision is optional.)"""
     return type(bn).__name__ == "FrozenBatchNorm2d" and type(bn).__module__.startswith("torchvision.")
+
+
+def group_of(bn: nn.Module) -> Any:
+    """The ProcessGroup whose batches an nn.SyncBatchNorm normalises as one, as its own forward chooses it; None where
+    that is this process alone."""
+    if type(bn) is not nn.SyncBatchNorm or not (bn.training and dist.is_available() and dist.is_initialized()):
+        return None
+    return bn.process_group or dist.group.WORLD
 
 
 def hook_reason(name: str, module: nn.Module) -> str | None:
@@ -48,7 +58,7 @@ def conv_reason(name: str, conv: Any) -> str | None:
 
 def norm_reason(name: str, bn: Any) -> str | None:
     """Why the fused path cannot stand in for this norm module."""
-    if type(bn) not in (nn.BatchNorm2d, nn.Identity) and not is_frozen_norm(bn):
+    if type(bn) not in (*BATCH_NORMS, nn.Identity) and not is_frozen_norm(bn):
         return f"{name} is a {type(bn).__name__}"
     return hook_reason(name, bn)
 
@@ -95,6 +105,7 @@ def convbn_of(conv: nn.Conv2d, bn: Any) -> ConvBN:
         training=not frozen and bn.training,
         momentum=None if frozen else bn.momentum,
         eps=bn.eps,
+        group=group_of(bn),
     )
 
 

@@ -132,6 +132,8 @@ def plan_end(
     """(plan, reason) of an end unit with input shape [N, C, H, W]; `special` and `device` as in `explain_units`."""
     if memory == "fast":
         return "keep", "memory='fast'"
+    if 0 in x_shape:
+        return "keep", "an empty batch"
     if unit.weight.shape[2:] != (1, 1):
         return "keep", "running a k x k convolution again costs more than its output"
     obstacle = special or gram_obstacle(unit, x_shape, projection, dtype, kernels)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.layout import Padded
+from .ops.layout import Padded, acc_dtype
+from .ops.sync import Group, SumOverGroup
 
 if TYPE_CHECKING:
     from .functional import ConvBN
@@ -38,9 +39,38 @@ def norm(u: Tensor, unit: ConvBN) -> Tensor:
     """The batch norm of `unit` for u: [N, K, P, Q] -> the same; moves the running statistics of a training one."""
     moves = unit.training and unit.running_mean is not None
     factor = float(average_factor(unit.num_batches_tracked, unit.momentum)) if moves else 0.0
+    if unit.shared is not None:
+        running = (unit.running_mean, unit.running_var)
+        return sync_batch_norm(u, unit.shared, *running, unit.gamma, unit.beta, factor, unit.eps)
     return F.batch_norm(
         u, unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.batch_stats, factor, unit.eps
     )
+
+
+def sync_batch_norm(
+    u: Tensor,
+    group: Group,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    factor: float,
+    eps: float,
+) -> Tensor:
+    """F.batch_norm in training, of the batches of all processes of `group` as one: u [N, K, P, Q] may differ in N."""
+    wide = u.to(acc_dtype(u.dtype))
+    over, per_channel = (0, 2, 3), (1, -1, 1, 1)
+    pixels = wide.new_full((1,), u.numel() // u.shape[1])
+    total, pixels = SumOverGroup.apply(torch.cat([wide.sum(over), pixels]), group).split([u.shape[1], 1])
+    centred = wide - (total / pixels).view(per_channel)
+    var = SumOverGroup.apply(centred.square().sum(over), group) / pixels
+    with torch.no_grad():
+        for running, batch in ((running_mean, total / pixels), (running_var, var * pixels / (pixels - 1))):
+            if running is not None:
+                running.copy_(torch.lerp(running.to(batch.dtype), batch, factor))
+    y = centred * torch.rsqrt(var + eps).view(per_channel)
+    y = y if gamma is None else y * gamma.view(per_channel)
+    return (y if beta is None else y + beta.view(per_channel)).to(u.dtype)
 
 
 def residual_block(
@@ -274,4 +304,5 @@ __all__ = [
     "norm",
     "preact_block",
     "residual_block",
+    "sync_batch_norm",
 ]

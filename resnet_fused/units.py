@@ -96,8 +96,8 @@ class _Tracer(TorchDispatchMode):
         if "weight" in given:  # the stem, of one unit
             self._last = self._end = self._names[_storage(given["weight"])]
             return
-        config = (given["geometry"], given["eps"], given["shortcut"], given["relu"], given["shortcut_scale"])
-        spec, weights = residual_block.decode(*config, True), given["weights"]
+        config = {name: given[name] for name in residual_block.CONFIG}
+        spec, weights = residual_block.decode(**config, save=True), given["weights"]
         names = [self._names[_storage(w)] for w in weights]
         self._end, self._projection = names[spec.chain - 1], names[-1]
         self._input = _storage(given["x"])

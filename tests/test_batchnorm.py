@@ -173,15 +173,6 @@ def test_torchvision_frozen_batch_norm() -> None:
     check_modules(fused, eager, activation())
 
 
-def test_sync_batch_norm_runs_composed() -> None:
-    """In eval mode, where it needs no process group, it is the plain norm."""
-    fused, eager = (nn.SyncBatchNorm.convert_sync_batchnorm(block).eval() for block in bottlenecks())
-    with recording() as calls:
-        fused(activation())
-    assert [c.reason for c in calls] == ["bn1 is a SyncBatchNorm"]
-    check_modules(fused, eager, activation())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_low_precision_parameters_and_statistics(dtype, training) -> None:

@@ -223,7 +223,7 @@ def test_direct_calls_train() -> None:
     x, w = activation(2, 3, 17, 19, torch.float64), torch.randn(8, 3, 5, 5).double().requires_grad_()
     gamma, beta = (torch.rand(8).double().requires_grad_() for _ in range(2))
     none = torch.empty(0).double(), torch.empty(0).double()
-    y, *rest = ops.stem(x, w, gamma, beta, *none, 1e-5, True, [2, 2, 2, 2, 1, 1, 1], [3, 2, 1])
+    y, *rest = ops.stem(x, w, gamma, beta, *none, 1e-5, True, "", [2, 2, 2, 2, 1, 1, 1], [3, 2, 1])
     assert not any(t.requires_grad for t in rest)
     got = torch.autograd.grad(y.square().sum(), (w, gamma, beta))
     u = torch.nn.functional.conv2d(x, w, None, 2, 2)

@@ -243,18 +243,18 @@ def stem_samples(dtype: torch.dtype) -> list[tuple]:
     w = torch.randn(8, 3, 5, 3).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     norm, where = (gamma, beta), ([2, 1, 2, 1, 1, 1, 1], [3, 2, 1])
     return [
-        (x, w, *norm, *empty, 1e-5, True, *where),
-        (x.detach().requires_grad_(), w, *norm, mean.detach(), var.detach().square(), 1e-3, False, *where),
+        (x, w, *norm, *empty, 1e-5, True, "", *where),
+        (x.detach().requires_grad_(), w, *norm, mean.detach(), var.detach().square(), 1e-3, False, "", *where),
     ]
 
 
 def stem_backward_samples(dtype: torch.dtype) -> list[tuple]:
     found = []
     for args in stem_samples(dtype):
-        x, w, gamma, beta, mean, var, eps, batch_stats, *where = (detached(a) for a in args)
-        y, *own, u, argmax = OPS.stem(x, w, gamma, beta, mean, var, eps, batch_stats, *where)
+        x, w, gamma, beta, mean, var, eps, batch_stats, group, *where = (detached(a) for a in args)
+        y, *own, _count, u, argmax = OPS.stem(x, w, gamma, beta, mean, var, eps, batch_stats, group, *where)
         stats = own if batch_stats else [mean, var]
-        config = (eps, batch_stats, *where, not batch_stats, True)
+        config = (eps, batch_stats, group, *where, not batch_stats, True)
         found.append((torch.randn_like(y), x, w, gamma, beta, *stats, u, argmax, *config))
     return found
 
@@ -274,7 +274,7 @@ def preact_samples(name: str, dtype: torch.dtype) -> list[tuple]:
         given = [torch.rand(4, dtype=acc) for _ in range(2)] if handed else []
         geometry = [stride, stride, 1, 1, 1, 1, 1, int(handed), 1, 1, 1, 1, 1, 1, 1, int(handed)]
         geometry += [2, 2, 0, 0, 1, 1, 1, 0] if stride > 1 else []
-        lists, config = (weights, gammas, betas, means, vars, given), (geometry, [1e-5, 1e-5])
+        lists, config = (weights, gammas, betas, means, vars, given), (geometry, [1e-5, 1e-5], ["", ""])
         if own:
             out.append((x, *lists, *config, handed, True))
             continue

@@ -16,20 +16,40 @@ Saved for backward: x, the raw conv outputs of the inner units, one bit per outp
                 channels whose variance cancels in it (`gram.cancelling`): those are convolved in both passes
 
 Activations relu(s u + t) are never stored: they are recomputed from u.
+
+A norm whose unit has a group normalises with the statistics of all of its processes' batches, and its backward uses
+sums over them (`sync.py`). What is recomputed is each process's own affair.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .aten import POINTWISE, Geometry, conv, conv_backward, fused_conv, has_fused_conv
+from .bn_stats import batch_stats
 from .dispatch import ops as _ops
-from .gram_form import Branch, Gram, cancelling, conv_stats, expand, gram_backward, gram_of, output_mean, sample_center
+from .gram_form import (
+    Branch,
+    Gram,
+    cancelling,
+    conv_stats,
+    drift,
+    expand,
+    gram_backward,
+    gram_of,
+    gram_sums,
+    output_mean,
+    sample_center,
+    taken_away,
+    weight_gradient,
+)
 from .layout import acc_dtype, to_nhwc
 from .spec import BlockSpec, Norm, UnitParams, UnitSpec
+from .sync import Sums, combined, summed
 
 
 def channels(t: Tensor, rows: Tensor) -> Tensor:
@@ -37,9 +57,18 @@ def channels(t: Tensor, rows: Tensor) -> Tensor:
     return to_nhwc(t.index_select(1, rows).to(acc_dtype(t.dtype)))
 
 
+def pixels_of(u: Tensor) -> int:
+    return u.numel() // u.shape[1]
+
+
 def raw_stats(spec: UnitSpec, u: Tensor) -> tuple[Tensor, ...]:
-    """(mean, var) of u if the unit normalises with the batch's statistics, else ()."""
-    return _ops.bn_stats(u) if spec.batch_stats else ()
+    """(mean, var) of u if the unit normalises with the batch's statistics, else (): those of this process."""
+    return batch_stats(u) if spec.batch_stats else ()
+
+
+def settled(spec: UnitSpec, stats: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
+    """A unit's statistics as it normalises with, from those of this process's u."""
+    return stats if spec.group is None else combined([stats], pixels_of(u), [spec.group])[0]
 
 
 # --------------------------------------------------------------------------------------------- forward
@@ -63,31 +92,61 @@ class Source(NamedTuple):
         return sample_center(self.u, *(() if self.prologue is None else (self.prologue.scale, self.prologue.shift)))
 
 
+class Multiplied(NamedTuple):
+    """An end unit before its statistics are settled: its raw output [N, K, P, Q], or its operand and Gram matrix."""
+
+    source: Source
+    raw: Tensor | None
+    operand: Tensor | None
+    gram: Gram | None
+    stats: tuple[Tensor, ...]  # of this process
+
+
 class End(NamedTuple):
     """An end unit after its statistics: either `raw` [N, K, P, Q] or a Gram branch is there."""
 
     norm: Norm
     raw: Tensor | None
     branch: Branch | None
-    stats: tuple[Tensor, ...]  # (mean, var), or ()
+    stats: tuple[Tensor, ...]  # as of `UnitSpec.n_stats`
     saved: tuple[Tensor, ...]
     gram: Gram | None = None
 
 
-def _end_unit(source: Source, save: bool) -> End:
+def _multiply(source: Source) -> Multiplied:
     spec, p, u, prologue = source
-    if spec.plan == "gram":
-        center = source.center()
-        a, mean_a = source.centred(center)
-        gram = gram_of(a, mean_a, center)
-        mean, var = conv_stats(gram, p.weight)
-        norm = p.norm(spec, mean, var)
-        branch = Branch(a, gram.mean, p.weight, norm.scale, norm.beta)
-        return End(norm, None, branch, (mean, var), tuple(gram) if save else (), gram)
-    raw = conv(u if prologue is None else prologue.operand(u), p.weight, spec.geometry)
-    stats = raw_stats(spec, raw)
-    kept = save and spec.plan == "keep" and spec.needs_raw
-    return End(p.norm(spec, *stats), raw, None, stats, (raw,) if kept else ())
+    if spec.plan != "gram":
+        raw = conv(u if prologue is None else prologue.operand(u), p.weight, spec.geometry)
+        return Multiplied(source, raw, None, None, raw_stats(spec, raw))
+    center = source.center()
+    a, mean_a = source.centred(center)
+    gram = gram_of(a, mean_a, center)
+    stats = conv_stats(gram, p.weight)
+    if spec.group is not None:  # what is sent is final: outputs that cancel are convolved now, not only after the join
+        rows = cancelling(gram, p.weight, stats[1])
+        if rows.numel():
+            for stat, exact in zip(stats, Recomputed.of(rows, source, center).stats(), strict=True):
+                stat[rows] = exact
+    return Multiplied(source, None, a, gram, stats)
+
+
+def _finish(unit: Multiplied, stats: tuple[Tensor, ...], save: bool) -> End:
+    (spec, p, *_), raw, a, gram, _ = unit
+    norm = p.norm(spec, *stats)
+    if gram is None or a is None:
+        kept = (raw,) if raw is not None and save and spec.plan == "keep" and spec.needs_raw else ()
+        return End(norm, raw, None, stats, kept)
+    beta = norm.beta if spec.group is None else norm.beta + norm.scale * drift(gram, p.weight, norm.mean)
+    branch = Branch(a, gram.mean, p.weight, norm.scale, beta)
+    return End(norm, None, branch, stats, tuple(gram) if save else (), gram)
+
+
+def _end_units(sources: list[Source], save: bool) -> list[End]:
+    units = [_multiply(source) for source in sources]
+    written = units[0].operand if units[0].raw is None else units[0].raw
+    assert written is not None
+    stats = combined([unit.stats for unit in units], pixels_of(written), [source.spec.group for source in sources])
+    return [_finish(unit, own, save) for unit, own in zip(units, stats, strict=True)]
 
 
 def forward(
@@ -102,14 +161,14 @@ def forward(
     last = spec.chain - 1
     for unit, p in zip(spec.units[:last], params[:last], strict=True):
         u = conv(u if prologue is None else prologue.operand(u), p.weight, unit.geometry)
-        own = raw_stats(unit, u)
+        own = settled(unit, raw_stats(unit, u), u)
         prologue = p.norm(unit, *own)
         stats += own
         saved += [u] if spec.save else []
     sources = [Source(spec.units[last], params[last], u, prologue)]
     if spec.shortcut == "projection":
         sources.append(Source(spec.units[-1], params[-1], x, None))
-    ends = [_end_unit(source, spec.save) for source in sources]
+    ends = _end_units(sources, spec.save)
     residual = x if spec.from_x else residual
     y, mask = _join(ends, residual, spec)
     found = [cancelling(e.gram, s.params.weight, e.norm.var) for s, e in zip(sources, ends, strict=True) if e.gram]
@@ -167,36 +226,47 @@ def _recompute_rows(
     part, _ = _join(thin, None if residual is None else channels(residual, rows), spec._replace(save=False))
     y[:, rows] = part.to(y.dtype)
     for end, own in zip(ends, thin, strict=True):
-        for stat, exact in zip(end.stats, own.stats, strict=True):
+        for stat, exact in zip(end.stats, own.stats, strict=False):  # a group's are settled already
             stat[rows] = exact
     return _ops.relu_mask(y) if mask.numel() else mask
 
 
 def _end_rows(rows: Tensor, source: Source, end: End) -> End:
-    """An end unit's output channels `rows`, with their raw output."""
+    """An end unit's output channels `rows`, with their raw output, and their statistics where they are news."""
     if end.gram is None:
         assert end.raw is not None
-        return End(end.norm.rows(rows), channels(end.raw, rows), None, tuple(s[rows] for s in end.stats), ())
-    weight, _, raw, norm = Recomputed.of(rows, source, end.gram.center)
-    mean = norm.mean + output_mean(weight, end.gram.center).to(norm.mean.dtype)
-    return End(norm, raw, None, (mean, norm.var), ())
+        return End(end.norm.rows(rows), channels(end.raw, rows), None, (), ())
+    own = Recomputed.of(rows, source, end.gram.center)
+    norm = own.norm(source.spec, end.norm.rows(rows))
+    stats = (norm.mean + own.offset.to(norm.mean.dtype), norm.var) if source.spec.group is None else ()
+    return End(norm, own.raw, None, stats, ())
 
 
 class Recomputed(NamedTuple):
     """Output channels of a Gram unit by a convolution after all: of its centred operand, and in the accumulation
     type, so that rounding this operand, which eager need not do, costs nothing that shows."""
 
-    weight: Tensor  # [K', C, 1, 1]
+    params: UnitParams
     operand: Tensor  # [N, C, P, Q]
     raw: Tensor  # [N, K', P, Q], its mean near 0
-    norm: Norm  # of raw
+    offset: Tensor  # [K'] in float64, by which the output's mean is larger
 
     @classmethod
     def of(cls, rows: Tensor, source: Source, center: Tensor) -> Recomputed:
         p = source.params.rows(rows)
         operand, _ = source._replace(u=source.u.to(center.dtype)).centred(center)
-        raw = conv(operand, p.weight, POINTWISE)
-        return cls(p.weight, operand, raw, p.norm(source.spec, *_ops.bn_stats(raw)))
+        return cls(p, operand, conv(operand, p.weight, POINTWISE), output_mean(p.weight, center))
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the output, of this process."""
+        mean, var = _ops.bn_stats(self.raw)
+        return mean + self.offset.to(mean.dtype), var
+
+    def norm(self, spec: UnitSpec, norm: Norm) -> Norm:
+        """The batch norm of raw. `norm`: the output's by the Gram form, with statistics that a group has agreed on."""
+        if spec.group is None:
+            return self.params.norm(spec, *_ops.bn_stats(self.raw))
+        return self.params.norm(spec, (norm.mean.double() - self.offset).to(norm.mean.dtype), norm.var)
 
 
 def forward_folded(x: Tensor, residual: Tensor | None, params: list[UnitParams], spec: BlockSpec) -> Tensor:
@@ -233,20 +303,13 @@ class UnitGrads(NamedTuple):
     beta: Tensor
 
 
-def _bn_backward(
-    spec: UnitSpec, norm: Norm, raw: Tensor, dz: Tensor, sums: tuple[Tensor, Tensor], gate: tuple
-) -> Tensor:
-    """Gradient of a unit's raw output u [N, K, P, Q] from that of z; sums are (sum dz, sum dz (u - mean)).
+def _bn_backward(spec: UnitSpec, norm: Norm, raw: Tensor, dz: Tensor, sums: Sums, gate: tuple) -> Tensor:
+    """Gradient of a unit's raw output u [N, K, P, Q] from that of z; sums are those of the whole batch.
 
     du = s (dz - dbeta/M - xhat dgamma/M) with batch statistics, s dz with given ones; `gate` is (scale, shift)
     where dz must still be multiplied by relu'(scale*u + shift).
     """
-    if spec.batch_stats:
-        pixels = raw.numel() // raw.shape[1]
-        coef_x = norm.scale * norm.rstd.square() * sums[1] / -pixels
-        coef_1 = norm.scale * sums[0] / -pixels
-    else:
-        coef_x = coef_1 = torch.zeros_like(norm.scale)
+    coef_x, coef_1 = norm.coefficients(sums if spec.batch_stats else None)
     return _ops.bn_act_backward_apply(dz, None, raw, *gate, norm.mean, norm.scale, coef_x, coef_1)
 
 
@@ -254,7 +317,8 @@ def _inner_backward(spec: UnitSpec, norm: Norm, raw: Tensor, da: Tensor) -> tupl
     """(du, dgamma, dbeta) of an inner unit from the gradient da of relu(z)."""
     gate = (norm.scale, norm.shift)
     _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, raw, *gate, norm.mean, False)
-    return _bn_backward(spec, norm, raw, da, (dbeta, dzx), gate), norm.rstd * dzx, dbeta
+    sums = summed(dbeta, dzx, pixels_of(raw), spec.group)
+    return _bn_backward(spec, norm, raw, da, sums, gate), norm.rstd * dzx, dbeta
 
 
 class EndInput(NamedTuple):
@@ -310,7 +374,7 @@ def _end_backward(
         return _gram_end_backward(source, norm, Gram(*saved), a, dz, sums.dz, needs)
     if raw is not None:
         dgamma = norm.rstd * sums.dzx
-        du = _bn_backward(spec, norm, raw, dz, sums, (None, None))
+        du = _bn_backward(spec, norm, raw, dz, summed(*sums, pixels_of(raw), spec.group), (None, None))
     else:  # given statistics and no gradient for gamma: du = s dz
         dgamma = torch.zeros_like(norm.scale)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
@@ -326,21 +390,30 @@ def _gram_end_backward(
     `norm` has the variance that forward settled on, so near the threshold an output may change sides: both are
     accurate there.
     """
-    weight = source.params.weight
+    spec, weight = source.spec, source.params.weight
+    away = None if spec.group is None else drift(gram, weight, norm.mean)
+    g, dzx = gram_sums(a, gram, weight, dz, dbeta, away)
     rows = cancelling(gram, weight, norm.var)
-    scale = norm.scale.index_fill(0, rows, 0) if rows.numel() else norm.scale
-    da, dw, dgamma = gram_backward(a, gram, weight, scale, norm.rstd, dz, dbeta, needs[0])
     if rows.numel():
         thin, thin_dz = Recomputed.of(rows, source, gram.center), channels(dz, rows)
-        _, sums = reduce(thin_dz, None, thin.raw, thin.norm, False)
-        du = _bn_backward(source.spec, thin.norm, thin.raw, thin_dz, sums, (None, None))
-        thin_da, thin_dw = conv_backward(du, thin.operand, thin.weight, POINTWISE, *needs)
+        thin_norm = thin.norm(spec, norm.rows(rows))
+        dzx[rows] = reduce(thin_dz, None, thin.raw, thin_norm, False)[1].dzx
+    sums = summed(dbeta, dzx, pixels_of(dz), spec.group)
+    scale = norm.scale.index_fill(0, rows, 0) if rows.numel() else norm.scale
+    taken = taken_away(norm.rstd, sums, away)
+    dw = weight_gradient(g, gram, weight, scale, dbeta, taken, pixels_of(dz), away is not None)
+    da = gram_backward(a, gram, weight, scale, dz, taken) if needs[0] else dz.new_empty(0)
+    if rows.numel():
+        sums = Sums(sums.dz[rows], sums.dzx[rows], sums.pixels)
+        du = _bn_backward(spec, thin_norm, thin.raw, thin_dz, sums, (None, None))
+        thin_da, thin_dw = conv_backward(du, thin.operand, thin.params.weight, POINTWISE, *needs)
         if needs[0]:
             da += thin_da
         if needs[1]:
+            if spec.group is not None:  # du sums to 0 over the group's pixels only: the operand's center counts
+                thin_dw.add_(torch.outer(du.sum((0, 2, 3)), gram.center).view_as(thin_dw))
             dw[rows] = thin_dw
-        dgamma[rows] = thin.norm.rstd * sums.dzx
-    return da, UnitGrads(dw, dgamma, dbeta)
+    return da, UnitGrads(dw, norm.rstd * dzx, dbeta)
 
 
 class BlockGrads(NamedTuple):
@@ -454,6 +527,4 @@ def saved_count(unit: UnitSpec) -> int:
 def norms_of(params: list[UnitParams], stats: list[Tensor], spec: BlockSpec) -> list[Norm]:
     """The batch norms again, from the statistics that `forward` returned."""
     it = iter(stats)
-    return [
-        p.norm(u, *((next(it), next(it)) if u.batch_stats else ())) for p, u in zip(params, spec.units, strict=True)
-    ]
+    return [p.norm(u, *itertools.islice(it, u.n_stats)) for p, u in zip(params, spec.units, strict=True)]

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from .autograd import differentiable, fake, forbid_gradients
+from .bn_stats import batch_stats as stats_of
 from .layout import empty_nhwc, to_nhwc
+from .spec import Norm
+from .sync import Group, combined, summed
 
 _ops = torch.ops.resnet_fused
 
@@ -41,48 +44,31 @@ class Pool(NamedTuple):
     padding: int
 
 
-def unpool_bn_backward(
-    dy: Tensor,
-    argmax: Tensor,
-    u: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor, Tensor],
-    batch_stats: bool,
-    pool: Pool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dgamma, dbeta) for `norm` = (mean, rstd, scale, shift), all [C]."""
-    mean, rstd, scale, shift = norm
-    da = _ops.bn_act_pool_backward(dy, argmax, u.shape[2], u.shape[3], *pool)
-    _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, scale, shift, mean, False)
-    coef_x = coef_1 = torch.zeros_like(scale)
-    if batch_stats:
-        pixels = u.numel() // u.shape[1]
-        coef_x, coef_1 = scale * rstd.square() * dzx / -pixels, scale * dbeta / -pixels
-    du = _ops.bn_act_backward_apply(da, None, u, scale, shift, mean, scale, coef_x, coef_1)
-    return du, rstd * dzx, dbeta
-
-
 class StemTail(torch.autograd.Function):
-    """maxpool(relu(bn(u))): (u, gamma, beta, mean, var, eps, batch_stats, pool) -> (y, mean, var)."""
+    """maxpool(relu(bn(u))): (u, gamma, beta, mean, var, eps, batch_stats, group, pool) -> (y, mean, var) or, with a
+    group, (y, mean, var, count [1])."""
 
     @staticmethod
-    def forward(ctx, u, gamma, beta, mean, var, eps, batch_stats, pool):
-        if batch_stats:
-            mean, var = _ops.bn_stats(u)
-        rstd = torch.rsqrt(var + eps)
-        scale = gamma * rstd
-        shift = beta - mean * scale
-        y, argmax = _ops.bn_act_pool(u, scale, shift, *pool)
-        ctx.save_for_backward(u, argmax, mean, rstd, scale, shift)
-        ctx.batch_stats, ctx.pool = batch_stats, pool
-        stats = (mean, var) if batch_stats else (mean.clone(), var.clone())
+    def forward(ctx, u, gamma, beta, mean, var, eps, batch_stats, group: Group | None, pool):
+        own = [stats_of(u)] if batch_stats else [(mean.clone(), var.clone())]
+        (stats,) = combined(own, u.numel() // u.shape[1], [group])
+        norm = Norm.of(stats[0], stats[1], gamma, beta, eps)
+        y, argmax = _ops.bn_act_pool(u, norm.scale, norm.shift, *pool)
+        ctx.save_for_backward(u, argmax, norm.mean, norm.var, norm.rstd, norm.scale, norm.shift, norm.beta)
+        ctx.batch_stats, ctx.group, ctx.pool = batch_stats, group, pool
         ctx.mark_non_differentiable(*stats)
         return y, *stats
 
     @staticmethod
-    def backward(ctx, dy, _dmean, _dvar):
-        u, argmax, *norm = ctx.saved_tensors
-        du, dgamma, dbeta = unpool_bn_backward(to_nhwc(dy), argmax, u, tuple(norm), ctx.batch_stats, ctx.pool)
-        return du, dgamma, dbeta, None, None, None, None, None
+    def backward(ctx, dy, *_):
+        u, argmax, *vectors = ctx.saved_tensors
+        norm = Norm(*vectors)
+        gate = (norm.scale, norm.shift, norm.mean)
+        da = _ops.bn_act_pool_backward(to_nhwc(dy), argmax, *u.shape[2:], *ctx.pool)
+        _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, *gate, False)
+        sums = summed(dbeta, dzx, u.numel() // u.shape[1], ctx.group) if ctx.batch_stats else None
+        du = _ops.bn_act_backward_apply(da, None, u, *gate, norm.scale, *norm.coefficients(sums))
+        return du, norm.rstd * dzx, dbeta, None, None, None, None, None, None
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .autograd import differentiable, fake
+from .dispatch import ops as _ops
 from .layout import acc_dtype
 
 
@@ -28,3 +30,11 @@ def _backward(ops, ctx, dmean: Tensor, dvar: Tensor) -> Tensor:
 
 
 differentiable("bn_stats", _backward, _setup)
+
+
+def batch_stats(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, var) [C] of u; zeros of an empty one, which a group (`sync.py`) gives no weight."""
+    if u.numel():
+        return _ops.bn_stats(u)
+    zero = u.new_zeros(u.shape[1], dtype=acc_dtype(u.dtype))
+    return zero, torch.zeros_like(zero)

@@ -14,6 +14,15 @@ and so do its gradients. With dz [M, K] the gradient of z = s (u - mean(u)) + be
 Derivation: substitute u - mean(u) = (a - mu) W' into the batch norm's backward
 du = s (dz - dbeta/M - xhat dgamma/M) and collect terms. Nothing divides by gamma.
 
+Where the batch is spread over a group of processes (`sync.py`), this process knows mu and Cov(a) of its own n pixels
+only, and needs no others: with d = W mu - mean(u), mean(u) and the sums dgamma, dbeta that divide by M the group's,
+
+    du = s (dz - level - slope (u - W mu)),    slope = r dgamma / M,    level = dbeta / M + slope d
+
+is a batch norm's backward around W mu, and the formulas above hold with that; but du no longer sums to 0 here:
+
+    dW = s (G + (colsum(dz) - n level) mu' - n slope W Cov(a))
+
 Accuracy. The operand is stored centred (a minus a per-channel constant near its mean, rounded once), so that
 a large mean/std cancels nowhere. The sum w' Cov w still may: its error is about
 
@@ -35,6 +44,7 @@ from torch import Tensor
 from .aten import POINTWISE, conv, fused_conv, has_fused_conv, matmul_nt, matmul_tn, wgrad1x1
 from .dispatch import ops as _ops
 from .layout import acc_dtype
+from .sync import Sums
 
 _CENTER_SAMPLES = 1024  # pixels: any estimate within a few standard deviations of the mean will do
 
@@ -143,37 +153,60 @@ def _expand_plain(branches: list[Branch], residual: Tensor | None, relu: bool, s
     return _ops.bn_act(u, branches[0].scale, shifts[0], shortcut, branches[1].scale, shifts[1], relu, relu and save)
 
 
-class GramGrads(NamedTuple):
-    operand: Tensor  # [N, C, H, W], empty where it was not asked for
-    weight: Tensor  # [K, C, 1, 1]
-    gamma: Tensor  # [K]
+def drift(gram: Gram, weight: Tensor, mean: Tensor) -> Tensor:
+    """By how much the mean of this process's output lies above `mean`, that of its group: [K]."""
+    return (output_mean(weight, gram.center.double() + gram.mean) - mean.double()).to(mean.dtype)
 
 
-def gram_backward(
-    operand: Tensor,
-    gram: Gram,
-    weight: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    dz: Tensor,
-    dbeta: Tensor,
-    need_da: bool,
-) -> GramGrads:
-    """Pass W and pass D for dz [N, K, H, W], whose pixel sums are dbeta [K]. Formulas: the module's head."""
-    pixels = dz.numel() // dz.shape[1]
-    w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
+def gram_sums(
+    operand: Tensor, gram: Gram, weight: Tensor, dz: Tensor, dbeta: Tensor, away: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pass W for dz [N, K, H, W], whose pixel sums are dbeta [K]: (G [K, C], sum dz (u - mean(u)) [K]).
+
+    away: `drift` from the group's mean, where there is one.
+    """
     g = wgrad1x1(operand, dz).addr_(dbeta, gram.mean, alpha=-1)
-    dgamma = (w * g).sum(1).mul_(rstd)
-    dw = (g - matmul_nt(w, gram.cov).mul_((rstd * dgamma).unsqueeze(1))).mul_(scale.unsqueeze(1))
-    if not need_da:
-        return GramGrads(dz.new_empty(0), dw.view_as(weight), dgamma)
-    q = matmul_tn(w, w * (rstd * scale * dgamma / pixels).unsqueeze(1))  # [C, C]
-    const = q @ gram.mean - w.t() @ (scale * dbeta / pixels)  # [C]
+    return g, output_sums(g, weight, dbeta, away)
+
+
+def output_sums(g: Tensor, weight: Tensor, dbeta: Tensor, away: Tensor | None) -> Tensor:
+    """sum dz (u - mean(u)) [K] from G [K, C]."""
+    dzx = (weight.flatten(1).to(g.dtype) * g).sum(1)
+    return dzx if away is None else dzx.addcmul_(away, dbeta)
+
+
+class Taken(NamedTuple):
+    """What a batch norm takes from dz: du = s (dz - level - slope (u - mean(u))), with the mean of this process."""
+
+    level: Tensor  # [K]
+    slope: Tensor  # [K]
+
+
+def taken_away(rstd: Tensor, sums: Sums, away: Tensor | None) -> Taken:
+    """sums: of the whole batch; away: as in `gram_sums`."""
+    slope, level = rstd.square() * sums.dzx / sums.pixels, sums.dz / sums.pixels
+    return Taken(level if away is None else level.addcmul(slope, away), slope)
+
+
+def weight_gradient(
+    g: Tensor, gram: Gram, weight: Tensor, scale: Tensor, dbeta: Tensor, taken: Taken, pixels: int, grouped: bool
+) -> Tensor:
+    """dW [K, C, 1, 1] from G [K, C], of this process's pixels; dbeta [K] is too. grouped: whether there are others."""
+    w = weight.flatten(1).to(g.dtype)
+    dw = g - matmul_nt(w, gram.cov).mul_((taken.slope * pixels).unsqueeze(1))
+    if grouped:  # sum du over these pixels alone is not 0
+        dw.addr_(dbeta - taken.level * pixels, gram.center + gram.mean)
+    return dw.mul_(scale.unsqueeze(1)).view_as(weight)
+
+
+def gram_backward(operand: Tensor, gram: Gram, weight: Tensor, scale: Tensor, dz: Tensor, taken: Taken) -> Tensor:
+    """Pass D: the gradient of the operand, for dz [N, K, H, W]. Formulas: the module's head."""
+    w = weight.flatten(1).to(gram.cov.dtype)  # [K, C]
+    q = matmul_tn(w, w * (scale * taken.slope).unsqueeze(1))  # [C, C]
+    const = q @ gram.mean - w.t() @ (scale * taken.level)  # [C]
     into_a = (w * scale.unsqueeze(1)).t()[:, :, None, None].to(dz.dtype)  # [C, K, 1, 1]: dgrad as a fprop
     minus_q = q.neg_()[:, :, None, None].to(dz.dtype)
     da = conv(dz, into_a.contiguous(), POINTWISE)
     if has_fused_conv(operand):
-        da = fused_conv(operand, minus_q, const.to(dz.dtype), POINTWISE, da, into_residual=True)
-    else:
-        da += conv(operand, minus_q, POINTWISE) + const.to(dz.dtype).view(1, -1, 1, 1)
-    return GramGrads(da, dw.view_as(weight), dgamma)
+        return fused_conv(operand, minus_q, const.to(dz.dtype), POINTWISE, da, into_residual=True)
+    return da.add_(conv(operand, minus_q, POINTWISE) + const.to(dz.dtype).view(1, -1, 1, 1))

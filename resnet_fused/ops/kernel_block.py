@@ -16,6 +16,7 @@ takes (`routes.py`) goes through ATen, with bn_act and its backward around it. W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,14 +24,25 @@ import torch
 from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
-from .block import BlockGrads, Needs, UnitGrads, add_shortcut, raw_stats, reduce, split_end_saved
+from .block import (
+    BlockGrads,
+    Needs,
+    UnitGrads,
+    add_shortcut,
+    pixels_of,
+    raw_stats,
+    reduce,
+    settled,
+    split_end_saved,
+)
 from .conv2d import encoded
 from .dispatch import ops as _ops
-from .gram_form import Gram, conv_stats, sample_center
+from .gram_form import Gram, conv_stats, drift, output_sums, sample_center, taken_away, weight_gradient
 from .layout import Padded, to_nhwc
 from .pointwise import masked, matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, is_pointwise, route_of
 from .spec import BlockSpec, Norm, UnitParams, UnitSpec
+from .sync import combined, summed
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -143,12 +155,12 @@ def forward(
     source, last = Source(x, None), spec.chain - 1
     for unit, p in zip(spec.units[:last], params[:last], strict=True):
         u, own = _conv(unit, p.weight, source, unit.batch_stats)
+        own = settled(unit, own, u)
         stats += own
         saved += [u] if spec.save else []
         source = Source(u, p.norm(unit, *own))
-    ends = [_end(spec.units[last], params[last], source, spec)]
-    if spec.shortcut == "projection":
-        ends.append(_end(spec.units[-1], params[-1], Source(x, None), spec))
+    sources = [source, *([Source(x, None)] if spec.shortcut == "projection" else [])]
+    ends = _ends(list(zip(spec.units[last:], params[last:], sources, strict=True)), spec)
     y, mask = _join(ends, x if spec.from_x else residual, spec)
     for end in ends:
         stats += end.stats
@@ -166,20 +178,33 @@ def _conv(unit: UnitSpec, weight: Tensor, source: Source, stats: bool) -> tuple[
     return u, raw_stats(unit, u) if stats else ()
 
 
-def _end(unit: UnitSpec, p: UnitParams, source: Source, spec: BlockSpec) -> End:
+def _ends(units: list[tuple[UnitSpec, UnitParams, Source]], spec: BlockSpec) -> list[End]:
+    found = [_end(*at, spec) for at in units]
+    (unit, p, source), *_ = units
+    n, _, *size = unit.geometry.out_shape(source.u.shape, p.weight.shape)
+    stats = combined([own for _, own, _ in found], n * math.prod(size), [unit.group for unit, *_ in units])
+    return [
+        End(source, p.weight, unit.geometry, p.norm(unit, *own), raw, own, saved)
+        for (unit, p, source), (raw, _, saved), own in zip(units, found, stats, strict=True)
+    ]
+
+
+def _end(
+    unit: UnitSpec, p: UnitParams, source: Source, spec: BlockSpec
+) -> tuple[Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(raw output, None in the Gram form or where no pass needs it; statistics of this process; saved)"""
     geometry, save = unit.geometry, spec.save
     if unit.plan == "gram":
         center = sample_center(source.u, *source.affine)
         gram = Gram(center, *_ops.gram(source.u, *source.affine, center, geometry.stride[0]))
-        stats = conv_stats(gram, p.weight)
-        return End(source, p.weight, geometry, p.norm(unit, *stats), None, stats, tuple(gram) if save else ())
+        return None, conv_stats(gram, p.weight), tuple(gram) if save else ()
     takes = source.route(unit, p.weight).fprop is None
     raw_wanted = unit.batch_stats or (save and unit.needs_raw) or not spec.adds_as_it_is
     if takes and not raw_wanted:  # statistics are given: one product does all
-        return End(source, p.weight, geometry, p.norm(unit), None, (), ())
+        return None, (), ()
     raw, own = _conv(unit, p.weight, source, unit.batch_stats)
     kept = save and unit.plan == "keep" and unit.needs_raw
-    return End(source, p.weight, geometry, p.norm(unit, *own), raw, own, (raw,) if kept else ())
+    return raw, own, (raw,) if kept else ()
 
 
 def _expand(end: End, residual: Tensor | None, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
@@ -315,12 +340,8 @@ def _conv_backward(
     sums: tuple[Tensor, Tensor], needs: tuple[bool, bool], shortcut: Shortcut,
 ) -> tuple[Flow, Tensor]:  # fmt: skip
     """From the gradient at a unit's output to (that of its input, dW): du = s (dz - dbeta/M - xhat dgamma/M)."""
-    pixels = raw.numel() // raw.shape[1]
-    if unit.batch_stats:
-        coef_x, coef_1 = norm.scale * norm.rstd.square() * sums[1] / -pixels, norm.scale * sums[0] / -pixels
-    else:
-        coef_x = coef_1 = torch.zeros_like(norm.scale)
-    prologue = (gate.mask, raw, gate.scale, gate.shift, norm.mean, norm.scale, coef_x, coef_1)
+    whole = summed(*sums, pixels_of(raw), unit.group) if unit.batch_stats else None
+    prologue = (gate.mask, raw, gate.scale, gate.shift, norm.mean, norm.scale, *norm.coefficients(whole))
     return _through_conv(unit, weight, source, (grad, *prologue), needs, shortcut)
 
 
@@ -356,20 +377,22 @@ def _gram_backward(
     need_input: bool, shortcut: Shortcut,
 ) -> tuple[Flow, UnitGrads]:  # fmt: skip
     """Pass W and pass D; the formulas are at the head of `gram_form.py`."""
-    stride, pixels, dtype = unit.geometry.stride[0], dy.numel() // dy.shape[1], dy.dtype
+    stride, dtype = unit.geometry.stride[0], dy.dtype
     none = (None,) * 7
     g, dbeta = _ops.conv1x1_wgrad(dy, mask, *none, source.u, *source.affine, stride, True, True)
     w = p.weight.flatten(1).to(dbeta.dtype)  # [K, C]
     mean = gram.center + gram.mean
     g = g.flatten(1).addr(dbeta, mean, alpha=-1)
-    dgamma = (w * g).sum(1) * norm.rstd
-    dw = (g - (w @ gram.cov) * (norm.rstd * dgamma).unsqueeze(1)) * norm.scale.unsqueeze(1)
-    grads = UnitGrads(dw.view_as(p.weight), dgamma, dbeta)
+    away = None if unit.group is None else drift(gram, p.weight, norm.mean)
+    dzx = output_sums(g, p.weight, dbeta, away)
+    taken = taken_away(norm.rstd, summed(dbeta, dzx, pixels_of(dy), unit.group), away)
+    dw = weight_gradient(g, gram, p.weight, norm.scale, dbeta, taken, pixels_of(dy), away is not None)
+    grads = UnitGrads(dw, norm.rstd * dzx, dbeta)
     if not need_input:
         return Flow(dy.new_empty(0)), grads
-    minus_q = (w.t() @ (w * (norm.rstd * norm.scale * dgamma / -pixels).unsqueeze(1))).to(dtype)
+    minus_q = (w.t() @ (w * (-norm.scale * taken.slope).unsqueeze(1))).to(dtype)
     # With the rounded Q: rounding it then moves no channel's mean, however far that is from 0.
-    constant = -(mean @ minus_q.to(mean.dtype)) - w.t() @ (norm.scale * dbeta / pixels)
+    constant = -(mean @ minus_q.to(mean.dtype)) - w.t() @ (norm.scale * taken.level)
     into_a = (w * norm.scale.unsqueeze(1)).to(dtype).view_as(p.weight)
     end: tuple[Any, ...]
     if source.norm is None:

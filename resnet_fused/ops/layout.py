@@ -31,9 +31,11 @@ def empty_nhwc(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None =
 
 
 def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
-    """`t` with the dtype and strides of torch.empty_like(like), as a fake predicts it (size-1 dims are free)."""
+    """`t` with the dtype and strides of torch.empty_like(like), as a fake predicts it, or as DDP wants a gradient."""
     same = all(a == b or n == 1 for a, b, n in zip(t.stride(), like.stride(), t.shape, strict=True))
-    return t if same and t.dtype == like.dtype else torch.empty_like(like).copy_(t)
+    if not same or t.dtype != like.dtype:
+        return torch.empty_like(like).copy_(t)
+    return t if t.stride() == like.stride() else t.as_strided(like.shape, like.stride())  # along sizes of 1
 
 
 class Padded(NamedTuple):

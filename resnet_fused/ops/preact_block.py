@@ -9,10 +9,14 @@ Saved for backward: x and the raw outputs u_1 .. u_{n-1}. Activations are recomp
 pass that applies bn_1's and adds the identity's gradient:
 
     da_i = dgrad(du_i)    dz = da_i relu'    du_{i-1} = s (dz - dbeta/M - xhat dgamma/M)  (+ dy, for dx)
+
+Where a norm has a group (`sync.py`), statistics that are handed on are this process's: who normalises with them
+combines them with the others'.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -20,15 +24,17 @@ from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
+from .bn_stats import batch_stats
 from .dispatch import ops as _ops
 from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, route_of
 from .spec import Norm
+from .sync import Group, combined, name_of, summed
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars, Tensor[] handed"
-_CONFIG = "int[] geometry, float[] eps"
+_CONFIG = "int[] geometry, float[] eps, str[] groups"
 _LIB.define(f"preact_block(Tensor x, {_PARAMS}, {_CONFIG}, bool hand_on, bool save) -> Tensor[]")
 _LIB.define(
     f"preact_block_backward(Tensor dy, Tensor x, {_PARAMS}, Tensor[] stats, Tensor[] saved, {_CONFIG}, bool needs_x, "
@@ -43,6 +49,7 @@ class PreActSpec(NamedTuple):
     convs: tuple[Geometry, ...]
     batch_stats: tuple[bool, ...]  # of the chain's norms
     eps: tuple[float, ...]
+    groups: tuple[Group | None, ...]  # the processes that each norm goes over; only with batch_stats
 
     @property
     def chain(self) -> int:
@@ -52,26 +59,31 @@ class PreActSpec(NamedTuple):
     def projected(self) -> bool:
         return len(self.convs) > self.chain
 
-    def encode(self) -> tuple[list[int], list[float]]:
+    def n_stats(self) -> list[int]:
+        """How many tensors each norm's statistics are: (mean, var), and with a group the count."""
+        return [own * (2 + (group is not None)) for own, group in zip(self.batch_stats, self.groups, strict=True)]
+
+    def encode(self) -> tuple[list[int], list[float], list[str]]:
         geometry: list[int] = []
         for i, g in enumerate(self.convs):
             own = i < self.chain and self.batch_stats[i]
             geometry += [*g.stride, *g.padding, *g.dilation, g.groups, 1 if own else 0]
-        return geometry, list(self.eps)
+        return geometry, list(self.eps), [name_of(group) for group in self.groups]
 
     @classmethod
-    def decode(cls, geometry: list[int], eps: list[float]) -> PreActSpec:
+    def decode(cls, geometry: list[int], eps: list[float], groups: list[str]) -> PreActSpec:
         rows = [geometry[i : i + _FIELDS] for i in range(0, len(geometry), _FIELDS)]
         convs = tuple(Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6]) for g in rows)
-        return cls(convs, tuple(bool(g[7]) for g in rows[: len(eps)]), tuple(eps))
+        own = tuple(bool(g[7]) for g in rows[: len(eps)])
+        return cls(convs, own, tuple(eps), tuple(map(Group.named, groups)))
 
 
 def _norms(spec: PreActSpec, gammas, betas, means, vars, stats: list[Tensor]) -> list[Norm]:
-    """The chain's batch norms; `stats` are (mean, var) of those with batch statistics, in order."""
+    """The chain's batch norms; `stats` are those of the ones with batch statistics, in order."""
     it = iter(stats)
     norms = []
-    for own, *given, gamma, beta, eps in zip(spec.batch_stats, means, vars, gammas, betas, spec.eps, strict=True):
-        mean, var = (next(it), next(it)) if own else given
+    for count, *given, gamma, beta, eps in zip(spec.n_stats(), means, vars, gammas, betas, spec.eps, strict=True):
+        mean, var, *_ = list(itertools.islice(it, count)) or given
         norms.append(Norm.of(mean, var, gamma, beta, eps))
     return norms
 
@@ -85,9 +97,9 @@ def _route(geometry: Geometry, weight: Tensor, x: Tensor) -> Route | None:
 
 
 def _forward(
-    x, weights, gammas, betas, means, vars, handed, geometry, eps, hand_on, save
+    x, weights, gammas, betas, means, vars, handed, geometry, eps, groups, hand_on, save
 ) -> list[Tensor]:  # fmt: skip
-    spec = PreActSpec.decode(geometry, eps)
+    spec = PreActSpec.decode(geometry, eps, groups)
     with torch.autocast(autocast_type(x), enabled=False):
         x = to_nhwc(x)
         stats: list[Tensor] = []
@@ -96,8 +108,13 @@ def _forward(
         for i in range(spec.chain):
             mean, var = means[i], vars[i]
             if spec.batch_stats[i]:
-                mean, var = own or _ops.bn_stats(u)
-                stats += [mean, var] if i or not handed else [mean.clone(), var.clone()]
+                found = own or batch_stats(u)
+                if spec.groups[i] is not None:
+                    (found,) = combined([found], u.numel() // u.shape[1], [spec.groups[i]])
+                elif i == 0 and handed:
+                    found = tuple(t.clone() for t in found)
+                mean, var, *_ = found
+                stats += found
             norm = Norm.of(mean, var, gammas[i], betas[i], spec.eps[i])
             wanted = i + 1 < spec.chain and spec.batch_stats[i + 1]
             projects = i == 0 and spec.projected
@@ -113,15 +130,17 @@ def _forward(
                 if projects:
                     shortcut = conv(a, weights[-1], spec.convs[-1])
             saved += [u] if save and i + 1 < spec.chain else []
-        if hand_on:
+        if hand_on and u.numel():
             return [*_ops.add_stats(shortcut, u, None, None), *stats, *saved]
         one = torch.ones(u.shape[1], dtype=acc_dtype(u.dtype), device=u.device)
         y = _ops.bn_act(u, one, torch.zeros_like(one), shortcut, None, None, False, False)[0]
-    return [y, *stats, *saved]
+    return [y, *(batch_stats(y) if hand_on else ()), *stats, *saved]
 
 
-def _fake_forward(x, weights, gammas, betas, means, vars, handed, geometry, eps, hand_on, save) -> list[Tensor]:
-    spec = PreActSpec.decode(geometry, eps)
+def _fake_forward(
+    x, weights, gammas, betas, means, vars, handed, geometry, eps, groups, hand_on, save
+) -> list[Tensor]:  # fmt: skip
+    spec = PreActSpec.decode(geometry, eps, groups)
     acc = acc_dtype(x.dtype)
     shapes, shape = [], x.shape
     for g, w in zip(spec.convs[: spec.chain], weights, strict=False):
@@ -129,14 +148,15 @@ def _fake_forward(x, weights, gammas, betas, means, vars, handed, geometry, eps,
         shapes.append(shape)
     out = [empty_nhwc(x, shape)]
     out += [x.new_empty((shape[1],), dtype=acc) for _ in range(2 * hand_on)]
-    out += [torch.empty_like(gamma) for gamma, own in zip(gammas, spec.batch_stats, strict=True) if own for _ in "mv"]
+    for gamma, count in zip(gammas, spec.n_stats(), strict=True):
+        out += [gamma.new_empty((size,)) for size in (*gamma.shape, *gamma.shape, 1)[:count]]
     return out + [empty_nhwc(x, s) for s in shapes[:-1] if save]
 
 
 def _backward(
-    dy, x, weights, gammas, betas, means, vars, handed, stats, saved, geometry, eps, needs_x, needs_weight
+    dy, x, weights, gammas, betas, means, vars, handed, stats, saved, geometry, eps, groups, needs_x, needs_weight
 ) -> list[Tensor]:  # fmt: skip
-    spec = PreActSpec.decode(geometry, eps)
+    spec = PreActSpec.decode(geometry, eps, groups)
     with torch.autocast(autocast_type(x), enabled=False):
         x, dy = to_nhwc(x), to_nhwc(dy)
         norms = _norms(spec, gammas, betas, means, vars, stats)
@@ -155,7 +175,9 @@ def _backward(
             grads = [laid_out_as(dw, weights[i]) if needs_weight[i] else dw, norm.rstd * sums[1], sums[0], *grads]
             if i or needs_x:
                 gate = (None, None) if dz.gated else (norm.scale, norm.shift)
-                coefs = _coefficients(norm, sums, u.numel() // u.shape[1], spec.batch_stats[i])
+                pixels = u.numel() // u.shape[1]
+                whole = summed(sums[0], sums[1], pixels, spec.groups[i]) if spec.batch_stats[i] else None
+                coefs = norm.coefficients(whole)
                 addend = dy if i == 0 and not spec.projected else None
                 du = _ops.bn_act_backward_apply(dz.grad, None, u, *gate, norm.mean, norm.scale, *coefs, addend)
         if spec.projected:
@@ -168,13 +190,6 @@ class _Gradient(NamedTuple):
 
     grad: Tensor
     gated: bool
-
-
-def _coefficients(norm: Norm, sums: tuple[Tensor, Tensor], pixels: int, batch_stats: bool) -> tuple[Tensor, Tensor]:
-    """(coef_x, coef_1) of a batch norm's backward."""
-    if not batch_stats:
-        return torch.zeros_like(norm.scale), torch.zeros_like(norm.scale)
-    return norm.scale * norm.rstd.square() * sums[1] / -pixels, norm.scale * sums[0] / -pixels
 
 
 def _unit_backward(du, u, weight, norm, geometry, needs_weight, projection):
@@ -199,7 +214,7 @@ def _unit_backward(du, u, weight, norm, geometry, needs_weight, projection):
 
 
 def _fake_backward(
-    dy, x, weights, gammas, betas, means, vars, handed, stats, saved, geometry, eps, needs_x, needs_weight
+    dy, x, weights, gammas, betas, means, vars, handed, stats, saved, geometry, eps, groups, needs_x, needs_weight
 ) -> list[Tensor]:  # fmt: skip
     out = [empty_nhwc(x, x.shape) if needs_x else dy.new_empty((0,))]
     own = [w.new_empty(w.shape) if need else dy.new_empty((0,)) for w, need in zip(weights, needs_weight, strict=True)]
@@ -220,10 +235,9 @@ forbid_gradients("preact_block_backward")
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, *lists, geometry, eps, hand_on, save = inputs
-    spec = PreActSpec.decode(geometry, eps)
-    ctx.config, ctx.save, ctx.sizes = (geometry, eps), save, [len(tensors) for tensors in lists]
-    ctx.n_stats = 2 * sum(spec.batch_stats)
+    x, *lists, geometry, eps, groups, hand_on, save = inputs
+    ctx.config, ctx.save, ctx.sizes = (geometry, eps, groups), save, [len(tensors) for tensors in lists]
+    ctx.n_stats = sum(PreActSpec.decode(*ctx.config).n_stats())
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, *[t for tensors in lists for t in tensors], *output[1 + 2 * hand_on :])
 
@@ -244,7 +258,8 @@ def _registered_backward(ctx, dout: list[Tensor]):
     dws = [*grads[0 : 3 * n : 3], *grads[3 * n :]]
     dws = [g if need else None for g, need in zip(dws, needs[1], strict=True)]
     empty = [[None] * size for size in ctx.sizes[3:]]
-    return (dx if needs[0] else None, dws, grads[1 : 3 * n : 3], grads[2 : 3 * n : 3], *empty, None, None, None, None)
+    vectors = (grads[1 : 3 * n : 3], grads[2 : 3 * n : 3])
+    return (dx if needs[0] else None, dws, *vectors, *empty, None, None, None, None, None)
 
 
 torch.library.register_autograd("resnet_fused::preact_block", _registered_backward, setup_context=_setup, lib=_LIB)

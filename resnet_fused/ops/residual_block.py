@@ -4,7 +4,9 @@ Their schemas are flat, so that they trace, export and compile as one node each:
 
     geometry  10 integers a unit: stride, padding, dilation (2 each), groups, batch_stats, plan (index into
               spec.PLANS), track_gamma; behind them a padded shortcut's stride and channels in front
-    stats     (mean, var) of every unit that normalises with the batch's statistics, in the units' order
+    groups    the name of the process group over which a unit's norm goes, "" for this process alone
+    stats     (mean, var) of every unit that normalises with the batch's statistics, in the units' order; with a group
+              (mean, var, count [1]) of all of its processes
     saved     see block.py; the fake below lists it shape by shape
 """
 
@@ -21,9 +23,10 @@ from .aten import Geometry
 from .autograd import forbid_gradients
 from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, mask_shape, to_nhwc
 from .spec import PLANS, BlockSpec, UnitParams, UnitSpec
+from .sync import Group, name_of
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
-_CONFIG = "int[] geometry, float[] eps, str shortcut, bool relu, float shortcut_scale"
+_CONFIG = "int[] geometry, float[] eps, str[] groups, str shortcut, bool relu, float shortcut_scale"
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars"
 _LIB.define(f"residual_block(Tensor x, Tensor? residual, {_PARAMS}, {_CONFIG}, bool save) -> Tensor[]")
 _LIB.define(
@@ -31,9 +34,10 @@ _LIB.define(
     "bool needs_x, bool needs_residual, bool[] needs_weight) -> Tensor[]"
 )
 _FIELDS = 10  # integers a unit in `geometry`
+CONFIG = ("geometry", "eps", "groups", "shortcut", "relu", "shortcut_scale")  # the names of what `encode` gives
 
 
-def encode(spec: BlockSpec) -> tuple[list[int], list[float], str, bool, float]:
+def encode(spec: BlockSpec) -> tuple[list[int], list[float], list[str], str, bool, float]:
     """The flat arguments that `decode` reads back."""
     geometry: list[int] = []
     for u in spec.units:
@@ -41,17 +45,24 @@ def encode(spec: BlockSpec) -> tuple[list[int], list[float], str, bool, float]:
         geometry += [*g.stride, *g.padding, *g.dilation, g.groups]
         geometry += [int(u.batch_stats), PLANS.index(u.plan), int(u.track_gamma)]
     geometry += spec.padded if spec.shortcut == "padded" else ()
-    return geometry, [u.eps for u in spec.units], spec.shortcut, spec.relu, spec.shortcut_scale
+    eps, groups = [u.eps for u in spec.units], [name_of(u.group) for u in spec.units]
+    return geometry, eps, groups, spec.shortcut, spec.relu, spec.shortcut_scale
 
 
 def decode(
-    geometry: list[int], eps: list[float], shortcut: str, relu: bool, shortcut_scale: float, save: bool
+    geometry: list[int],
+    eps: list[float],
+    groups: list[str],
+    shortcut: str,
+    relu: bool,
+    shortcut_scale: float,
+    save: bool,
 ) -> BlockSpec:
     units = []
-    for i, e in enumerate(eps):
+    for i, (e, group) in enumerate(zip(eps, groups, strict=True)):
         g = geometry[i * _FIELDS : (i + 1) * _FIELDS]
         where = Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
-        units.append(UnitSpec(where, e, bool(g[7]), PLANS[g[8]], bool(g[9])))
+        units.append(UnitSpec(where, e, bool(g[7]), PLANS[g[8]], bool(g[9]), Group.named(group)))
     padded = Padded(*geometry[len(eps) * _FIELDS :])
     return BlockSpec(tuple(units), shortcut, relu, save, shortcut_scale, padded)
 
@@ -61,9 +72,9 @@ def _params(*lists: list[Tensor]) -> list[UnitParams]:
 
 
 def _forward(
-    x, residual, weights, gammas, betas, means, vars, geometry, eps, shortcut, relu, shortcut_scale, save
+    x, residual, weights, gammas, betas, means, vars, geometry, eps, groups, shortcut, relu, shortcut_scale, save
 ) -> list[Tensor]:  # fmt: skip
-    spec = decode(geometry, eps, shortcut, relu, shortcut_scale, save)
+    spec = decode(geometry, eps, groups, shortcut, relu, shortcut_scale, save)
     params = _params(weights, gammas, betas, means, vars)
     with torch.autocast(autocast_type(x), enabled=False):  # the small matrix products stay in fp32
         x, residual = to_nhwc(x), None if residual is None else to_nhwc(residual)
@@ -73,9 +84,9 @@ def _forward(
 
 
 def _fake_forward(
-    x, residual, weights, gammas, betas, means, vars, geometry, eps, shortcut, relu, shortcut_scale, save
+    x, residual, weights, gammas, betas, means, vars, geometry, eps, groups, shortcut, relu, shortcut_scale, save
 ) -> list[Tensor]:
-    spec = decode(geometry, eps, shortcut, relu, shortcut_scale, save)
+    spec = decode(geometry, eps, groups, shortcut, relu, shortcut_scale, save)
     acc = acc_dtype(x.dtype)
     shapes, shape = [], x.shape
     for unit, w in zip(spec.units[: spec.chain], weights, strict=False):
@@ -84,10 +95,9 @@ def _fake_forward(
     branch = shapes[-1]
     y_shape = spec.out_shape(branch, x.shape)
     stats = [
-        x.new_empty((w.shape[0],), dtype=acc)
+        x.new_empty((size,), dtype=acc)
         for unit, w in zip(spec.units, weights, strict=True)
-        if unit.batch_stats
-        for _ in range(2)
+        for size in (w.shape[0], w.shape[0], 1)[: unit.n_stats]
     ]
     saved = []
     if save:
@@ -105,10 +115,10 @@ def _fake_forward(
 
 
 def _backward(
-    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, shortcut, relu, shortcut_scale,
+    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, groups, shortcut, relu, shortcut_scale,
     needs_x, needs_residual, needs_weight,
 ) -> list[Tensor]:  # fmt: skip
-    spec = decode(geometry, eps, shortcut, relu, shortcut_scale, True)
+    spec = decode(geometry, eps, groups, shortcut, relu, shortcut_scale, True)
     params = _params(weights, gammas, betas, means, vars)
     norms = block.norms_of(params, stats, spec)
     with torch.autocast(autocast_type(x), enabled=False):
@@ -122,7 +132,7 @@ def _backward(
 
 
 def _fake_backward(
-    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, shortcut, relu, shortcut_scale,
+    dy, x, weights, gammas, betas, means, vars, stats, saved, geometry, eps, groups, shortcut, relu, shortcut_scale,
     needs_x, needs_residual, needs_weight,
 ) -> list[Tensor]:  # fmt: skip
     out = [empty_nhwc(x, x.shape) if needs_x else dy.new_empty((0,))]
@@ -162,8 +172,8 @@ def _call_backward(ctx: Any, dy: Tensor, x: Tensor, lists: list[list[Tensor]], s
         dy, x, *lists, stats, saved, *ctx.config, needs_x, needs_residual, needs_weight
     )
     grads = list(grads)
-    if needs_residual and not ctx.config[3]:
-        scale = ctx.config[4]  # no ReLU: the residual's gradient is the output's
+    *_, relu, scale = ctx.config
+    if needs_residual and not relu:  # no ReLU: the residual's gradient is the output's
         grads[1] = dy if scale == 1 else dy * scale
     return grads
 
@@ -176,7 +186,7 @@ class ResidualBlock(torch.autograd.Function):
         lists = [list(tensors[i::5]) for i in range(5)]
         ctx.config = encode(spec)
         outputs = torch.ops.resnet_fused.residual_block(x, residual, *lists, *ctx.config, spec.save)
-        n_stats = 2 * sum(u.batch_stats for u in spec.units)
+        n_stats = sum(u.n_stats for u in spec.units)
         ctx.counts = (len(spec.units), n_stats)
         ctx.save_for_backward(x, *tensors, *outputs[1:])
         ctx.mark_non_differentiable(*outputs[1 : 1 + n_stats])
@@ -200,11 +210,12 @@ class ResidualBlock(torch.autograd.Function):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _residual, *lists, geometry, eps, shortcut, relu, shortcut_scale, save = inputs
-    ctx.config = (geometry, eps, shortcut, relu, shortcut_scale)
+    x, _residual, *lists, geometry, eps, groups, shortcut, relu, shortcut_scale, save = inputs
+    ctx.config = (geometry, eps, groups, shortcut, relu, shortcut_scale)
     ctx.save = save
     ctx.n = len(eps)
-    ctx.n_stats = 2 * sum(u.batch_stats for u in decode(geometry, eps, shortcut, relu, shortcut_scale, save).units)
+    spec = decode(geometry, eps, groups, shortcut, relu, shortcut_scale, save)
+    ctx.n_stats = sum(u.n_stats for u in spec.units)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, *[t for tensors in lists for t in tensors], *output[1:])
 
@@ -222,7 +233,7 @@ def _registered_backward(ctx, dout: list[Tensor]):
     units = [[grads[2 + 3 * i + j] for i in range(n)] for j in range(3)]
     return (
         grads[0] if needs[0] else None, grads[1] if needs[1] else None, *units, [None] * n, [None] * n,
-        None, None, None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
 
 

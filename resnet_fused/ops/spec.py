@@ -11,6 +11,7 @@ from torch import Tensor
 from .aten import Geometry
 from .dispatch import ops as _ops
 from .layout import Padded, acc_dtype
+from .sync import Group, Sums
 
 SHORTCUTS = ("none", "identity", "residual", "projection", "padded", "concat")
 PLANS = ("keep", "recompute", "gram")
@@ -24,6 +25,12 @@ class UnitSpec(NamedTuple):
     batch_stats: bool  # normalise with the batch's statistics, else with the given ones
     plan: str  # one of PLANS; inner units are always "keep"
     track_gamma: bool  # gamma's gradient may be asked for, so the raw output is needed in backward
+    group: Group | None = None  # the processes whose batches are normalised as one; only with batch_stats
+
+    @property
+    def n_stats(self) -> int:
+        """How many tensors its statistics are: (mean, var), and with a group the count."""
+        return 0 if not self.batch_stats else 2 if self.group is None else 3
 
     @property
     def needs_raw(self) -> bool:
@@ -86,6 +93,12 @@ class Norm:
         scale = gamma * rstd
         return cls(mean, var, rstd, scale, beta - mean * scale, beta)
 
+    def coefficients(self, sums: Sums | None) -> tuple[Tensor, Tensor]:
+        """(coef_x, coef_1), each [K], of du = scale dz + coef_x (u - mean) + coef_1; None: statistics were given."""
+        if sums is None:
+            return torch.zeros_like(self.scale), torch.zeros_like(self.scale)
+        return self.scale * self.rstd.square() * sums.dzx / -sums.pixels, self.scale * sums.dz / -sums.pixels
+
     def rows(self, rows: Tensor) -> Norm:
         """That of the channels `rows`."""
         return Norm(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -105,7 +118,7 @@ class UnitParams(NamedTuple):
     var: Tensor
 
     def norm(self, spec: UnitSpec, *stats: Tensor) -> Norm:
-        mean, var = stats if spec.batch_stats else (self.mean, self.var)
+        mean, var = stats[:2] if spec.batch_stats else (self.mean, self.var)
         return Norm.of(mean, var, self.gamma, self.beta, spec.eps)
 
     def rows(self, rows: Tensor) -> UnitParams:

@@ -10,7 +10,9 @@ itself needs a gradient: its dgrad is ATen's. Where no kernel takes the convolut
 
     x [N, C, H, W], weight [K, C, R, S]; gamma, beta, mean, var [K] in the accumulation type
     geometry  stride, padding, dilation (2 each), groups;  pool  kernel, stride, padding
-    forward returns y, mean and var of u ([0] where they are given), u and the pool's argmax
+    group     the name of the process group that the norm goes over, or ""
+    forward returns y, mean and var of u ([0] where they are given), over a group its count of pixels [1] ([0]
+    without), u and the pool's argmax
     backward takes the statistics that forward normalised with and returns dx, dweight ([0] where they are not asked
     for), dgamma, dbeta
 """
@@ -28,15 +30,17 @@ from .. import plans
 from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
 from .bn_act_pool import Pool, pooled_size
+from .bn_stats import batch_stats as stats_of
 from .conv2d import encoded
 from .dispatch import ops as _ops
 from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
 from .spec import Norm
+from .sync import Group, combined, name_of, summed
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _NORM = "Tensor gamma, Tensor beta, Tensor mean, Tensor var"
-_CONFIG = "float eps, bool batch_stats, int[] geometry, int[] pool"
+_CONFIG = "float eps, bool batch_stats, str group, int[] geometry, int[] pool"
 _LIB.define(f"stem(Tensor x, Tensor weight, {_NORM}, {_CONFIG}) -> Tensor[]")
 _LIB.define(
     f"stem_backward(Tensor dy, Tensor x, Tensor weight, {_NORM}, Tensor u, Tensor argmax, {_CONFIG}, bool needs_x, "
@@ -82,42 +86,43 @@ def _geometry(g: list[int]) -> Geometry:
     return Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
 
 
-def _forward(x, weight, gamma, beta, mean, var, eps, batch_stats, geometry, pool) -> list[Tensor]:
+def _forward(x, weight, gamma, beta, mean, var, eps, batch_stats, group, geometry, pool) -> list[Tensor]:
     with torch.autocast(autocast_type(x), enabled=False):
         g = _geometry(geometry)
         if kernel_obstacle(x, weight, g) is None:
             u, *own = _ops.conv2d(to_nhwc(x), to_nhwc(weight), None, None, geometry, batch_stats)
         else:
             u = conv(x, weight, g)
-            own = list(_ops.bn_stats(u)) if batch_stats else [_nothing(x), _nothing(x)]
-        norm = Norm.of(*((own[0], own[1]) if batch_stats else (mean, var)), gamma, beta, eps)
+            own = list(stats_of(u)) if batch_stats else [_nothing(x), _nothing(x)]
+        (own,) = combined([own], u.numel() // u.shape[1], [Group.named(group)])
+        mean, var = own[:2] if batch_stats else (mean, var)
+        norm = Norm.of(mean, var, gamma, beta, eps)
         y, argmax = _ops.bn_act_pool(u, norm.scale, norm.shift, *pool)
-    return [y, *own, u, argmax]
+    return [y, *own, *([] if group else [_nothing(x)]), u, argmax]
 
 
 def _nothing(x: Tensor) -> Tensor:
     return x.new_empty((0,), dtype=acc_dtype(x.dtype))
 
 
-def _fake_forward(x, weight, gamma, beta, mean, var, eps, batch_stats, geometry, pool) -> list[Tensor]:
+def _fake_forward(x, weight, gamma, beta, mean, var, eps, batch_stats, group, geometry, pool) -> list[Tensor]:
     n, k, p, q = shape = _geometry(geometry).out_shape(x.shape, weight.shape)
     pooled = (n, k, pooled_size(p, *pool), pooled_size(q, *pool))
-    stats = [x.new_empty((k if batch_stats else 0,), dtype=acc_dtype(x.dtype)) for _ in range(2)]
+    sizes = (k if batch_stats else 0, k if batch_stats else 0, 1 if group else 0)
+    stats = [x.new_empty((size,), dtype=acc_dtype(x.dtype)) for size in sizes]
     return [empty_nhwc(x, pooled), *stats, empty_nhwc(x, shape), empty_nhwc(x, pooled, dtype=torch.int8)]
 
 
 def _backward(
-    dy, x, weight, gamma, beta, mean, var, u, argmax, eps, batch_stats, geometry, pool, needs_x, needs_weight
+    dy, x, weight, gamma, beta, mean, var, u, argmax, eps, batch_stats, group, geometry, pool, needs_x, needs_weight
 ) -> list[Tensor]:
     with torch.autocast(autocast_type(x), enabled=False):
         norm, g = Norm.of(mean, var, gamma, beta, eps), _geometry(geometry)
         da = _ops.bn_act_pool_backward(to_nhwc(dy), argmax, *u.shape[2:], *pool)
         _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, norm.scale, norm.shift, norm.mean, False)
-        coef_x = coef_1 = torch.zeros_like(norm.scale)
-        if batch_stats:
-            pixels = u.numel() // u.shape[1]
-            coef_x, coef_1 = norm.scale * norm.rstd.square() * dzx / -pixels, norm.scale * dbeta / -pixels
-        prologue: tuple[Any, ...] = (None, u, norm.scale, norm.shift, norm.mean, norm.scale, coef_x, coef_1)
+        sums = summed(dbeta, dzx, u.numel() // u.shape[1], Group.named(group)) if batch_stats else None
+        coefs = norm.coefficients(sums)
+        prologue: tuple[Any, ...] = (None, u, norm.scale, norm.shift, norm.mean, norm.scale, *coefs)
         kernels = kernel_obstacle(x, weight, g) is None
         dx = dw = dy.new_empty(0)
         grad = da
@@ -130,7 +135,7 @@ def _backward(
 
 
 def _fake_backward(
-    dy, x, weight, gamma, beta, mean, var, u, argmax, eps, batch_stats, geometry, pool, needs_x, needs_weight
+    dy, x, weight, gamma, beta, mean, var, u, argmax, eps, batch_stats, group, geometry, pool, needs_x, needs_weight
 ) -> list[Tensor]:
     dx = empty_nhwc(x, x.shape) if needs_x else dy.new_empty((0,))
     dw = torch.empty_like(weight) if needs_weight else dy.new_empty((0,))
@@ -154,7 +159,7 @@ forbid_gradients("stem_backward")  # a second derivative raises
 def _save(ctx: Any, x, weight, gamma, beta, mean, var, config, outputs: list[Tensor]) -> None:
     stats = outputs[1:3] if config[1] else (mean, var)
     ctx.config = config
-    ctx.save_for_backward(x, weight, gamma, beta, *stats, *outputs[3:])
+    ctx.save_for_backward(x, weight, gamma, beta, *stats, *outputs[4:])
 
 
 def _call_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,20 +170,23 @@ def _call_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class Stem(torch.autograd.Function):
-    """maxpool(relu(bn(conv(x)))): (x, weight, gamma, beta, mean, var, eps, batch_stats, geometry, pool) -> (y, mean,
-    var), the statistics [0] where they are given."""
+    """maxpool(relu(bn(conv(x)))): (x, weight, gamma, beta, mean, var, eps, batch_stats, group, geometry, pool) -> (y,
+    mean, var, count), [0] where they are given or there is no group."""
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, mean, var, eps: float, batch_stats: bool, g: Geometry, pool: Pool):
-        config = (eps, batch_stats, encoded(g), list(pool))
+    def forward(
+        ctx, x, weight, gamma, beta, mean, var, eps: float, batch_stats: bool, group: Group | None, g: Geometry,
+        pool: Pool,
+    ):  # fmt: skip
+        config = (eps, batch_stats, name_of(group), encoded(g), list(pool))
         outputs = _ops.stem(x, weight, gamma, beta, mean, var, *config)
         _save(ctx, x, weight, gamma, beta, mean, var, config, outputs)
-        ctx.mark_non_differentiable(*outputs[1:3])
-        return tuple(outputs[:3])
+        ctx.mark_non_differentiable(*outputs[1:4])
+        return tuple(outputs[:4])
 
     @staticmethod
     def backward(ctx, dy: Tensor, *_: Tensor):
-        return (*_call_backward(ctx, dy), None, None, None, None)
+        return (*_call_backward(ctx, dy), None, None, None, None, None)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -189,7 +197,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _registered_backward(ctx, dout: list[Tensor]):
     """Gradients of a direct call, e.g. from an exported graph; only y (output 0) carries one."""
-    return (*_call_backward(ctx, dout[0]), None, None, None, None)
+    return (*_call_backward(ctx, dout[0]), None, None, None, None, None)
 
 
 torch.library.register_autograd("resnet_fused::stem", _registered_backward, setup_context=_setup, lib=_LIB)
