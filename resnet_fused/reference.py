@@ -57,7 +57,11 @@ def sync_batch_norm(
     factor: float,
     eps: float,
 ) -> Tensor:
-    """F.batch_norm in training, of the batches of all processes of `group` as one: u [N, K, P, Q] may differ in N."""
+    """F.batch_norm in training, of the batches of all processes of `group` as one: [N, K, P, Q] -> [N, K, P, Q].
+
+    u: [N, K, P, Q], whose N may differ between processes. gamma, beta: [K] or None. running_mean, running_var: [K],
+    moved in place by `factor`, or None. eps: F.batch_norm's.
+    """
     wide = u.to(acc_dtype(u.dtype))
     over, per_channel = (0, 2, 3), (1, -1, 1, 1)
     pixels = wide.new_full((1,), u.numel() // u.shape[1])
