@@ -4,31 +4,39 @@ from __future__ import annotations
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
-from . import functional, models, reference
+from . import blocks, functional, models, reference
 from .blocks import (
     BasicBlock,
+    BNReLU,
     BNReLUMaxPool,
     Bottleneck,
     ConcatBasicBlock,
     ConcatBottleneck,
+    Connect,
     ConvBNAct,
+    GateAct,
+    GatedBlock,
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActSequential,
     ScaledBasicBlock,
     ScaledBottleneck,
+    Shared,
 )
 from .convert import fuse_, unfuse_
 from .explain import explain
-from .gated import GateAct, GatedBlock
 from .inference import optimize_for_inference
-from .preact import PreActBasicBlock, PreActBottleneck, PreActSequential
 from .reference import PaddedShortcut
 from .tune import tune
 
 __all__ = [
+    "BNReLU",
     "BNReLUMaxPool",
     "BasicBlock",
     "Bottleneck",
     "ConcatBasicBlock",
     "ConcatBottleneck",
+    "Connect",
     "ConvBNAct",
     "GateAct",
     "GatedBlock",
@@ -38,6 +46,8 @@ __all__ = [
     "PreActSequential",
     "ScaledBasicBlock",
     "ScaledBottleneck",
+    "Shared",
+    "blocks",
     "explain",
     "functional",
     "fuse_",

@@ -92,7 +92,8 @@ def explain(args: argparse.Namespace) -> int:
 def _model_and_batch(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     device, dtype = _device(args), DTYPES[args.dtype]
     model = models.create(args.model).to(device, dtype)
-    channels, size = (1, 28) if args.model == "mnist_resnet" else (3, args.size)
+    channels, side, _ = models.image_shape(args.model)
+    size = side if channels == 1 else args.size or side  # MNIST's networks take digits of one size
     return model, torch.randn(args.batch, channels, size, size, device=device, dtype=dtype)
 
 
@@ -116,7 +117,7 @@ def _explain_units(args: argparse.Namespace) -> int:
         raise ValueError("--units takes a ResNet and a 16-bit --dtype, for which there are matrix kernels")
     device = torch.device(_device(args))
     measured = device if device.type == "cuda" else None
-    trace = units.trace(args.model, args.batch, args.size, args.memory, DTYPES[args.dtype], args.arch, measured)
+    trace = units.trace(args.model, args.batch, args.size or 224, args.memory, DTYPES[args.dtype], args.arch, measured)
     _print_plain(trace.columns, trace.cells(), left=4)
     print(trace)
     return 0
@@ -198,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = with_device(command("explain", explain))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
     sub.add_argument("--batch", type=_positive_int, default=8)
-    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
+    sub.add_argument("--size", type=_positive_int, help="side of the images, pixels (default: the network's)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--training", action="store_true", help="with batch statistics and gradients")
     sub.add_argument("--as-on-a-gpu", action="store_true", help="plan for the kernels (16-bit types)")
@@ -213,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = with_device(command("tune", tune_command))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
     sub.add_argument("--batch", type=_positive_int, default=32)
-    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
+    sub.add_argument("--size", type=_positive_int, help="side of the images, pixels (default: the network's)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--memory", choices=network.MEMORIES, default="lean")
     sub.add_argument("--inference", action="store_true", help="forward alone, with given statistics")

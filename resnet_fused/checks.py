@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .ops.layout import acc_dtype
+from .ops.layout import Padded, acc_dtype
 
 if TYPE_CHECKING:
     from .functional import ConvBN
-    from .ops.layout import Padded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -109,7 +108,7 @@ def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> 
 
 
 def check_preact(
-    x: Tensor, units: Sequence[ConvBN], projection: ConvBN | None, stats: tuple[Tensor, Tensor] | None
+    x: Tensor, units: Sequence[ConvBN], projection: ConvBN | Padded | None, stats: tuple[Tensor, Tensor] | None
 ) -> list[tuple[int, ...]]:
     """Checks a pre-activation block's arguments; the shape [N, C, H, W] of each unit's input."""
     shape = tuple(x.shape)
@@ -120,7 +119,9 @@ def check_preact(
         shapes.append(shape)
         shape = after
     got = tuple(x.shape)
-    if projection is not None:
+    if isinstance(projection, Padded):
+        got = check_padded(projection, got, shape)
+    elif projection is not None:
         if projection.has_norm:
             raise ValueError("projection has a norm, expected has_norm=False: its input is normalised already")
         got = check_unit("projection", projection, got, x)

@@ -14,10 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .blocks import FusedBlock, FusedStem
+from .blocks import FusedBlock, FusedStem, PreActBlock
 from .checks import check_memory
 from .functional import Memory
-from .reference import PaddedShortcut
 
 # Block classes whose forward is known, by name, so that neither package is imported.
 _BLOCKS = {
@@ -159,6 +158,10 @@ def fuse_(model: nn.Module, memory: Memory = "lean") -> Report:
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedBlock) or _known_forward(module, _BLOCKS):
             _fuse_block(name or "model", module, memory, report)
+        if isinstance(module, PreActBlock):
+            module.memory = memory
+            reason = module.composed_reason()
+            report.rows.append(ReportRow(name or "model", type(module).__name__, reason is None, reason or ""))
         _fuse_stem(f"{name}.bn1".lstrip("."), module, report)
     for module in model.modules():
         if type(module) is nn.Conv2d and not module.weight.is_contiguous(memory_format=torch.channels_last):
@@ -197,11 +200,7 @@ def _fuse_block(name: str, block: nn.Module, memory: Memory, report: Report) -> 
     assert isinstance(block, FusedBlock)
     block.memory = memory
     reason = block.composed_reason()
-    down = getattr(block, "downsample", None)
-    if reason is None and block.projection() is None and down is not None and type(down) is not PaddedShortcut:
-        report.rows.append(ReportRow(name, kind, True, "its downsample runs as it is, its output is added"))
-        return
-    report.rows.append(ReportRow(name, kind, reason is None, reason or ""))
+    report.rows.append(ReportRow(name, kind, reason is None, reason or block.shortcut_note()))
 
 
 def _fuse_stem(name: str, network: nn.Module, report: Report) -> None:
@@ -212,4 +211,4 @@ def _fuse_stem(name: str, network: nn.Module, report: Report) -> None:
             network.__class__ = converted_class(mixin, original)
     if isinstance(network, FusedStem):
         reason = network.stem_reason()
-        report.rows.insert(0, ReportRow(name, "BNReLUMaxPool", reason is None, reason or ""))
+        report.rows.insert(0, ReportRow(name, network.stem_kind, reason is None, reason or ""))

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import BNReLUMaxPool, ConvBNAct, FusedBlock, FusedStem
+from .blocks import BNReLU, BNReLUMaxPool, ConvBNAct, FusedBlock, FusedStem, GateAct, Join, PreActBlock
 from .modules import group_of
 from .ops.bn_act_pool import Pool
 from .ops.preact_block import PreActSpec
 from .ops.sync import Group
 from .planner import explain_units, special_shortcut
-from .preact import PreActBlock
-from .recorder import Call, recording
+from .recorder import Call, Pass, recording
 from .traffic import Bytes, block_bytes, stem_bytes, units_on_kernels
 
-_OURS = (FusedBlock, PreActBlock, ConvBNAct, BNReLUMaxPool)
+_OURS = (FusedBlock, PreActBlock, ConvBNAct, BNReLU, BNReLUMaxPool, GateAct, Join)
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,8 @@ def _watch_stem(prefix: str, network: FusedStem, calls: list[Call], out: Explana
         whole = any(call.units for call in calls)
         if type(network.conv1) is nn.Conv2d and not whole:
             out.rows.append(_not_ours(f"{prefix}conv1", network.conv1, x))
-        name, kind = ("conv1", "Conv2d+BNReLUMaxPool") if whole else ("bn1", "BNReLUMaxPool")
+        kind = network.stem_kind
+        name, kind = ("conv1", f"Conv2d+{kind}") if whole else ("bn1", kind)
         out.rows.extend(_row(prefix + name, kind, network, call) for call in calls)
         return y
 
@@ -167,6 +167,8 @@ def _row(name: str, kind: str, module: nn.Module, call: Call) -> Row:
     if call.reason is not None:
         return Row(name, kind, call.x_shape, "eager", call.reason)
     spec: Any = call.spec
+    if isinstance(spec, Pass):
+        return Row(name, kind, call.x_shape, spec.plan, spec.what)
     if isinstance(spec, PreActSpec):
         reason = "normalised, activated and added in the passes between" + _collectives(spec.groups)
         return Row(name, kind, call.x_shape, "fused", reason)

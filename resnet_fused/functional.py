@@ -23,7 +23,7 @@ from .ops.residual_block import ResidualBlock, encode
 from .ops.spec import BlockSpec, UnitSpec
 from .ops.sync import Group
 from .planner import plan_units, special_shortcut
-from .recorder import record
+from .recorder import Pass, record
 
 __all__ = ["BNConv", "ConvBN", "Padded", "conv_bn_act", "gate_act", "preact_block", "residual_block"]
 
@@ -321,14 +321,15 @@ class BNConv(ConvBN):
 def preact_block(
     x: Tensor,
     units: Sequence[BNConv],
-    projection: ConvBN | None = None,
+    projection: ConvBN | Padded | None = None,
     stats: Stats | None = None,
     hand_on: bool = False,
 ) -> tuple[Tensor, Stats | None]:
     """u_n + x with u_i = conv_i(relu(bn_i(u_{i-1}))), u_0 = x: a pre-activation block, forward and backward fused.
 
     x: [N, C, H, W] float32, bfloat16, float16 or float64, any strides. units: in order, their weights of x's dtype.
-    `projection`, a convolution without a norm, takes relu(bn_1(x)) and stands in for the identity.
+    `projection` stands in for the identity: a convolution without a norm, which takes relu(bn_1(x)), or a Padded, x
+    strided and with channels of zeros.
     `stats`: mean and biased variance of x, each [C] in the accumulation type, from the block that wrote x (this
     process's x, also where a norm has a group); without them a pass over x takes them. Their gradient is part of x's.
     `hand_on`: whether to return those of y, which the pass that writes y takes. Returns (y [N, K, P, Q] channels_last,
@@ -338,18 +339,20 @@ def preact_block(
     """
     if not units:
         raise ValueError("units is empty, expected at least one BNConv")
-    plain, everything = x, [*units, *([] if projection is None else [projection])]
+    plain, padded = x, projection if isinstance(projection, Padded) else None
+    everything = [*units, *([projection] if isinstance(projection, ConvBN) else [])]
     reason = fallback_reason(x, shared=any(unit.shared is not None for unit in units))
     if reason is None:
         x, cast, _ = _autocast(x, [*everything], None)
-        shapes = check_preact(x, cast[: len(units)], None if projection is None else cast[-1], stats)
+        other = cast[-1] if len(cast) > len(units) else padded
+        shapes = check_preact(x, cast[: len(units)], other, stats)
         biased = any(unit.bias is not None for unit in everything)
         reason = "a convolution has a bias" if biased else None
     if reason is not None:
         record(plain, units, projection, None, reason)
         return reference.preact_block(plain, units, projection), None
-    norms = zip(*((u.batch_stats, u.eps, u.shared) for u in units), strict=True)
-    spec = PreActSpec(tuple(u.geometry for u in cast), *norms)
+    own, eps, groups = zip(*((u.batch_stats, u.eps, u.shared) for u in units), strict=True)
+    spec = PreActSpec(tuple(u.geometry for u in cast), own, eps, groups, padded)
     tensors = [x, *(t for u in cast for t in (u.weight, u.gamma, u.beta))]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     record(x, units, projection, spec, None)
@@ -359,9 +362,9 @@ def preact_block(
     y, *rest = torch.ops.resnet_fused.preact_block(
         to_nhwc(x), [u.weight for u in cast], *lists, list(used), *spec.encode(), hand_on, save
     )
-    own, rest = rest[: 2 * hand_on], rest[2 * hand_on :]
+    handed, rest = rest[: 2 * hand_on], rest[2 * hand_on :]
     _update_running(list(units), rest, shapes)
-    return y, (own[0], own[1]) if hand_on else None
+    return y, (handed[0], handed[1]) if hand_on else None
 
 
 def _norm_vectors(unit: ConvBN, x: Tensor, size: int, save: bool) -> tuple[Tensor, ...]:
@@ -389,6 +392,7 @@ def gate_act(v: Tensor, x: Tensor, f: Tensor, relu: bool = True) -> Tensor:
         reason = "its operands differ in dtype"
     if reason is None and v.dtype not in DTYPES:
         reason = f"{v.dtype} has no kernel"
+    record(v, (), None, None if reason else Pass("fused", "the gate, the sum and the ReLU in one pass"), reason)
     if reason is not None:
         return reference.gate_act(v, x, f, relu)
     save = relu and torch.is_grad_enabled() and any(t.requires_grad for t in (v, x, f))

@@ -1,4 +1,4 @@
-"""The gate as a module, and the gated block."""
+"""The block without norms, the gate as a module, and the gated block."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .blocks import ConvBNAct
+from .blocks.fused import BasicBlock, ConvBNAct
 from .modules import NotScripted
+from .ops.layout import autocast_type
+
+
+class MNISTBlock(BasicBlock):
+    """relu(x + conv5x5(relu(conv3x3(x)))), both convs biased, no norms: [N, C, H, W] -> the same shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, norm_layer=nn.Identity)
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=5, padding=2)
 
 
 class GateAct(NotScripted, nn.Module):
@@ -43,6 +53,6 @@ class GatedBlock(NotScripted, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v, f = self.gate(x), self.conv2(self.conv1(x))
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(autocast_type(x)):
             x = x.to(f.dtype)
         return self.join(v, x, f)

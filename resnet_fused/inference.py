@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-from .blocks import ConvBNAct, FusedBlock, FusedStem
+from .blocks import BNReLU, ConvBNAct, FusedBlock, FusedStem, PreActBlock
 from .checks import broadcasts
 from .convert import Converted, ConvertedNetwork, converted_class, fuse_
 from .functional import ConvBN, vector
@@ -37,8 +37,8 @@ from .modules import (
     traced_as_leaf,
 )
 from .ops.aten import fused_conv, has_fused_conv
-from .ops.layout import to_nhwc
-from .reference import scaled
+from .ops.layout import acc_dtype, to_nhwc
+from .reference import PaddedShortcut, scaled
 
 _EVAL_ONLY = "is the product of optimize_for_inference: it has no batch norms left to train, and no gradients"
 
@@ -129,8 +129,33 @@ class FoldedConv(_EvalOnly):
         return {**self.__dict__, "_packed": {}}
 
 
+class FoldedNormReLU(_EvalOnly):
+    """relu(scale*x + shift) in one pass, a batch norm with given statistics; x: [N, C, H, W]."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, bn: Any) -> None:
+        super().__init__()
+        like, c = bn.running_mean, bn.running_mean.numel()
+        scale = vector(bn.weight, 1, like, c) * torch.rsqrt(vector(bn.running_var, 1, like, c) + bn.eps)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", vector(bn.bias, 0, like, c) - vector(like, 0, like, c) * scale)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_leaf(self, x)
+        affine = (t.to(acc_dtype(x.dtype)) for t in (self.scale, self.shift))
+        return torch.ops.resnet_fused.bn_act(to_nhwc(x), *affine, None, None, None, True, False)[0]
+
+
 class FoldedBlock(_EvalOnly):
-    """A residual block of folded convolutions; `shortcut` is a FoldedConv, any other module, or None (identity)."""
+    """A residual block of folded convolutions.
+
+    `shortcut` is a FoldedConv, any other module, or None (identity). `before`, if any, is in front of the chain and of
+    a projection. `relu`: the last one is behind the sum ("end"), in front of it ("before_add"), or not there ("none").
+    """
 
     def __init__(
         self,
@@ -139,11 +164,18 @@ class FoldedBlock(_EvalOnly):
         branch_scale: float = 1.0,
         shortcut_scale: float = 1.0,
         concatenates: bool = False,
+        has_shortcut: bool = True,
+        before: nn.Module | None = None,
+        relu: str = "end",
     ) -> None:
         super().__init__()
-        self.concatenates = concatenates
+        self.concatenates, self.has_shortcut = concatenates, has_shortcut
+        self.before, self.relu = before, relu
         factors = [1.0] * (len(units) - 1) + [branch_scale]
-        self.convs = nn.ModuleList(FoldedConv(unit, True, factor) for unit, factor in zip(units, factors, strict=True))
+        self.convs = nn.ModuleList(
+            FoldedConv(unit, unit is not units[-1] or relu != "none", factor)
+            for unit, factor in zip(units, factors, strict=True)
+        )
         folds = isinstance(shortcut, ConvBN)
         self.shortcut = FoldedConv(shortcut, False, shortcut_scale) if isinstance(shortcut, ConvBN) else shortcut
         self.shortcut_scale = 1.0 if folds else shortcut_scale
@@ -156,9 +188,17 @@ class FoldedBlock(_EvalOnly):
         x = to_nhwc(x)
         if self.concatenates:
             return torch.cat([x, self._chain(x)], 1)
+        start = x if self.before is None else self.before(x)
+        if not self.has_shortcut:
+            return self._chain(start)
         shortcut: Any = self.shortcut
-        residual = scaled(x if shortcut is None else shortcut(x), self.shortcut_scale)
-        return self._chain(x, residual, isinstance(shortcut, FoldedConv))
+        residual = x
+        if shortcut is not None:
+            residual = shortcut(x if isinstance(shortcut, PaddedShortcut) else start)
+        residual = scaled(residual, self.shortcut_scale)
+        if self.relu == "before_add":
+            return self._chain(start) + residual
+        return self._chain(start, residual, isinstance(shortcut, FoldedConv))
 
     def _chain(self, x: Tensor, residual: Tensor | None = None, into_residual: bool = False) -> Tensor:
         convs: list[Any] = list(self.convs)
@@ -289,6 +329,12 @@ def _folded_module(name: str, module: nn.Module, report: FoldReport) -> nn.Modul
     """The folded form of a block or unit, or None."""
     if isinstance(module, FusedBlock):
         reason, result = _fold_block(name, module, report)
+    elif isinstance(module, PreActBlock):
+        reason, result = _fold_preact(module)
+    elif isinstance(module, BNReLU):
+        reason, bn = module.composed_reason() or hook_reason("the norm", module), module.bn
+        reason = reason or _norm_fold_reason(bn)
+        result = None if reason else FoldedNormReLU(bn)
     elif isinstance(module, ConvBNAct):
         reason, result = _fold_unit(module)
     else:
@@ -311,7 +357,13 @@ def _fold_block(name: str, block: FusedBlock, report: FoldReport) -> tuple[str |
         shortcut = convbn_of(*projection) if projection else down
         for unit in [*units, *([shortcut] if isinstance(shortcut, ConvBN) else [])]:
             reason = reason or _fold_reason(unit)
-    options = (block.branch_scale, block.shortcut_scale, block.concatenates)
+        if block.placement == "bn_after_add":
+            reason = reason or "its last norm is behind the sum"
+    options: tuple[Any, ...] = (block.branch_scale, block.shortcut_scale, block.concatenates, block.has_shortcut)
+    if block.placement == "relu_before_add":
+        options += (None, "before_add")
+    elif block.placement == "relu_preact":
+        options += (nn.ReLU(), "none")
     if reason is None and projection is not None:
         return None, FoldedBlock(units, shortcut, *options)
     _fold_chain(_slots(f"{name}.downsample", down), report)
@@ -319,6 +371,29 @@ def _fold_block(name: str, block: FusedBlock, report: FoldReport) -> tuple[str |
         return None, FoldedBlock(units, shortcut, *options)
     _fold_chain(_block_slots(name, block), report)
     return reason, None
+
+
+def _fold_preact(block: PreActBlock) -> tuple[str | None, nn.Module | None]:
+    """Each norm but the first is a part of the convolution in front of it."""
+    reason = block.composed_reason() or hook_reason("the block", block)
+    if reason is None and type(block).forward is not PreActBlock.forward:
+        reason = f"{type(block).__name__} has a forward of its own"
+    if reason is not None:
+        return reason, None
+    _, first, _, _ = next(block.layers())
+    units, down = block.units_behind(), block.downsample
+    for unit in units:
+        reason = reason or _fold_reason(unit)
+    reason = reason or (_norm_fold_reason(first) if first is not None else None)
+    if reason is not None:
+        return reason, None
+    shortcut = convbn_of(down, nn.Identity()) if isinstance(down, nn.Conv2d) else down
+    before = None if first is None else FoldedNormReLU(first)
+    return None, FoldedBlock(units, shortcut, before=before, relu="none")
+
+
+def _norm_fold_reason(bn: Any) -> str | None:
+    return "a norm has no running statistics" if bn.running_mean is None else None
 
 
 def _fold_unit(module: ConvBNAct) -> tuple[str | None, nn.Module | None]:
@@ -372,6 +447,8 @@ def _block_slots(name: str, block: FusedBlock) -> list[Slot]:
     for i, (conv, _, bn, _) in enumerate(block.layers(), 1):
         last = not hasattr(block, f"conv{i + 1}")
         keys += [conv, bn] if last else [conv, bn, "drop_block", f"act{i}"]
+    if block.placement == "bn_after_add":
+        keys.pop()
     return [Slot(f"{name}.{key}", block, key) for key in keys]
 
 

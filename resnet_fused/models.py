@@ -1,15 +1,42 @@
-"""ResNets built from the fused blocks; constructor, module names and state_dict are torchvision's."""
+"""The networks: ResNets of torchvision's constructor, module names and state_dict, and the registry of all networks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
-from .blocks import BasicBlock, Bottleneck, ConvBNAct, FusedStem
+from .blocks import BasicBlock, BlockOptions, Bottleneck, ConvBNAct, FusedStem, GatedBlock, MNISTBlock
+from .cifar import (
+    CifarResNet,
+    cifar_plain20,
+    cifar_plain32,
+    cifar_plain44,
+    cifar_plain56,
+    cifar_plain110,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+    cifar_resnet1202,
+    cifar_stem_resnet18,
+    cifar_stem_resnet34,
+    cifar_stem_resnet50,
+)
+from .preact_resnet import (
+    CifarPreActResNet,
+    PreActResNet,
+    preact_resnet18,
+    preact_resnet50,
+    preact_resnet110,
+    preact_resnet164,
+)
+from .stages import init_he, stage, zero_last_norms
 
 Block = type[reference.BasicBlock] | type[reference.Bottleneck]  # the fused blocks inherit from these
 
@@ -18,11 +45,18 @@ class ResNet(FusedStem):
     """ResNet for images x: [N, 3, H, W], returning logits [N, num_classes] of x's dtype, which is the parameters'.
 
     Arguments as `torchvision.models.ResNet`; `block` is a class with torchvision's block signature
-    and an `expansion`. With batch norm (the default) `bn1`, `relu` and `maxpool` run in one pass.
+    and an `expansion`. With batch norm (the default) `bn1`, `relu` and `maxpool` run in one pass. `options`: keywords
+    of `BlockOptions`, e.g. shortcut="A", stride_on="conv1", placement="relu_preact".
 
-    Raises ValueError if `replace_stride_with_dilation` has not three entries, RuntimeError for x of other channels or
-    dtype than conv1's.
+    Raises ValueError if `layers` has not four entries or `replace_stride_with_dilation` three, if `zero_init_residual`
+    would make the blocks zero, and for a placement "full_preact", whose networks end in a norm: `PreActResNet`;
+    RuntimeError for x of other channels or dtype than conv1's.
     """
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def __init__(
         self,
@@ -34,6 +68,7 @@ class ResNet(FusedStem):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         dilate = replace_stride_with_dilation
@@ -41,68 +76,33 @@ class ResNet(FusedStem):
             dilate = (False, False, False)
         if len(dilate) != 3:
             raise ValueError(f"replace_stride_with_dilation is {dilate!r}, expected 3 entries (stages 2 to 4)")
-        self._norm_layer = norm_layer or nn.BatchNorm2d
-        self.inplanes = 64
-        self.dilation = 1
-        self.groups = groups
-        self.base_width = width_per_group
+        if len(layers) != 4:
+            raise ValueError(f"layers is {layers!r}, expected 4 entries, one a stage")
+        norm = norm_layer or nn.BatchNorm2d
+        self.options = BlockOptions(block, norm=norm, groups=groups, base_width=width_per_group, **options)
+        if self.options.placement == "full_preact":
+            raise ValueError("placement is 'full_preact', whose networks are PreActResNet and CifarPreActResNet")
 
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = self._norm_layer(64)
+        self.bn1 = norm(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = self._make_layer(block, 64, layers[0])
-        self.layer2 = self._make_layer(block, 128, layers[1], 2, dilate[0])
-        self.layer3 = self._make_layer(block, 256, layers[2], 2, dilate[1])
-        self.layer4 = self._make_layer(block, 512, layers[3], 2, dilate[2])
+        inplanes, dilation = 64, 1
+        for i, (blocks, dilated) in enumerate(zip(layers, (False, *dilate), strict=True)):
+            stride, before = 1 if i == 0 else 2, dilation
+            if dilated:
+                stride, dilation = 1, dilation * stride
+            made, inplanes = stage(self.options, inplanes, 64 * 2**i, blocks, stride, (before, dilation))
+            setattr(self, f"layer{i + 1}", made)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
-        _init_he(self)
+        self.fc = nn.Linear(inplanes, num_classes)
+        init_he(self)
         if zero_init_residual:
-            _zero_last_norms(self)
-
-    def _make_layer(
-        self, block: Block, planes: int, blocks: int, stride: int = 1, dilate: bool = False
-    ) -> nn.Sequential:
-        """One stage: only its first block strides (or, with `dilate`, dilates) and projects."""
-        first_dilation = self.dilation
-        if dilate:
-            self.dilation *= stride
-            stride = 1
-        outplanes = planes * block.expansion
-        downsample = None
-        if stride != 1 or self.inplanes != outplanes:
-            conv = nn.Conv2d(self.inplanes, outplanes, kernel_size=1, stride=stride, bias=False)
-            downsample = nn.Sequential(conv, self._norm_layer(outplanes))
-
-        shared = (self.groups, self.base_width)
-        first = block(self.inplanes, planes, stride, downsample, *shared, first_dilation, self._norm_layer)
-        self.inplanes = outplanes
-        rest = (block(outplanes, planes, 1, None, *shared, self.dilation, self._norm_layer) for _ in range(1, blocks))
-        return nn.Sequential(first, *rest)
+            zero_last_norms(self, self.options)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-def _init_he(model: nn.Module) -> None:
-    """He et al. 2015, fan-out mode: the draws come in torchvision's order, so a seed gives its weights."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and module.weight is not None:
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-
-
-def _zero_last_norms(model: nn.Module) -> None:
-    """Each block starts as an identity (Goyal et al. 2017)."""
-    for module in model.modules():
-        if isinstance(module, reference.BasicBlock | reference.Bottleneck):
-            last = module.bn2 if isinstance(module, reference.BasicBlock) else module.bn3
-            if last.weight is not None:
-                nn.init.zeros_(last.weight)
 
 
 def resnet18(**kwargs) -> ResNet:
@@ -140,31 +140,31 @@ def wide_resnet50_2(**kwargs) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 6, 3), **{"width_per_group": 128, **kwargs})
 
 
-class MNISTBlock(BasicBlock):
-    """relu(x + conv5x5(relu(conv3x3(x)))), both convs biased, no norms.
+def plain18(**kwargs) -> ResNet:
+    """The plain network of 18 layers, ResNet-18 without shortcuts (11.5 M parameters); keywords as `ResNet`."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), shortcut="none", **kwargs)
 
-    x: [N, channels, H, W] -> the same shape. Dtypes and errors are those of `resnet_fused.functional.residual_block`.
-    """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, norm_layer=nn.Identity)
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=5, padding=2)
+def plain34(**kwargs) -> ResNet:
+    """The plain network of 34 layers, ResNet-34 without shortcuts (21.6 M parameters); keywords as `ResNet`."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), shortcut="none", **kwargs)
 
 
 class MNISTResNet(nn.Module):
     """A small ResNet without norms for digits x: [N, 1, 28, 28] of the parameters' dtype, returning logits [N, 10].
 
-    Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32 x 5 x 5 = 800 features.
+    Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32 x 5 x 5 = 800 features. `options`:
+    keywords of `BlockOptions` for its two blocks, e.g. gate=True.
     Raises ValueError for an input of another shape.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
+        self.options = BlockOptions("mnist", **options)
         self.conv1 = ConvBNAct(1, 16, kernel_size=5, norm=False)
-        self.block1 = MNISTBlock(16)
+        self.block1 = self.options.build(16, 16)
         self.conv2 = ConvBNAct(16, 32, kernel_size=3, norm=False)
-        self.block2 = MNISTBlock(32)
+        self.block2 = self.options.build(32, 32)
         self.fc1 = nn.Linear(32 * 5 * 5, 200)
         self.fc2 = nn.Linear(200, 10)
 
@@ -176,23 +176,32 @@ class MNISTResNet(nn.Module):
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
 
 
-def mnist_resnet() -> MNISTResNet:
-    """`MNISTResNet` (210,882 parameters), [N, 1, 28, 28] -> [N, 10]."""
-    return MNISTResNet()
+def mnist_resnet(**kwargs) -> MNISTResNet:
+    """`MNISTResNet` (210,882 parameters), [N, 1, 28, 28] -> [N, 10]; keywords as `MNISTResNet`."""
+    return MNISTResNet(**kwargs)
 
 
+def mnist_gated_resnet(**kwargs) -> MNISTResNet:
+    """`MNISTResNet` of gated blocks (212,210 parameters)."""
+    return MNISTResNet(gate=True, **kwargs)
+
+
+def _named(*factories: Callable[..., nn.Module]) -> dict[str, Callable[..., nn.Module]]:
+    return {factory.__name__: factory for factory in factories}
+
+
+TORCHVISION = _named(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, wide_resnet50_2)
+_CIFAR = _named(
+    cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110, cifar_resnet1202,
+    cifar_plain20, cifar_plain32, cifar_plain44, cifar_plain56, cifar_plain110,
+    cifar_stem_resnet18, cifar_stem_resnet34, cifar_stem_resnet50, preact_resnet110, preact_resnet164,
+)  # fmt: skip
+_MNIST = _named(mnist_resnet, mnist_gated_resnet)
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    factory.__name__: factory
-    for factory in (
-        resnet18,
-        resnet34,
-        resnet50,
-        resnet101,
-        resnet152,
-        resnext50_32x4d,
-        wide_resnet50_2,
-        mnist_resnet,
-    )
+    **TORCHVISION,
+    **_named(plain18, plain34, preact_resnet18, preact_resnet50),
+    **_CIFAR,
+    **_MNIST,
 }
 
 
@@ -201,3 +210,26 @@ def create(name: str, **kwargs) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)}")
     return MODELS[name](**kwargs)
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that the network called `name` is for."""
+    if name in _MNIST:
+        return (1, 28, 28)
+    return (3, 32, 32) if name in _CIFAR else (3, 224, 224)
+
+
+__all__ = [
+    "MODELS",
+    "TORCHVISION",
+    "CifarPreActResNet",
+    "CifarResNet",
+    "GatedBlock",
+    "MNISTBlock",
+    "MNISTResNet",
+    "PreActResNet",
+    "ResNet",
+    "create",
+    "image_shape",
+    *MODELS,
+]

@@ -34,7 +34,7 @@ from .traffic import Bytes, block_sizes, compile_bytes, compiled_stem
 
 STAGES = ("stem", "stage 1", "stage 2", "stage 3", "stage 4", "head")
 MEMORIES: tuple[Memory, ...] = ("lean", "fast")
-MODELS = tuple(name for name in models.MODELS if name != "mnist_resnet")  # torchvision has them too
+MODELS = tuple(models.TORCHVISION)  # torchvision has them too
 
 
 class Step(NamedTuple):

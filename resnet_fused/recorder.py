@@ -12,6 +12,13 @@ import torch
 from .ops.pointwise import matrix_kernels_take
 
 
+class Pass(NamedTuple):
+    """A step that is one pass over its tensors and has no plan: which plan column it belongs to, and what it does."""
+
+    plan: str  # "fused", or "aten" where the pass is an op of PyTorch's with nothing beside it to fuse
+    what: str
+
+
 class Call(NamedTuple):
     """One call of a fused op."""
 
@@ -19,7 +26,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     units: tuple  # the ConvBN units of the main path
     shortcut: object
-    spec: object  # the BlockSpec, the stem's Pool, or None where plain PyTorch ran
+    spec: object  # the BlockSpec, PreActSpec, Pool or Pass; None where plain PyTorch ran
     reason: str | None  # why plain PyTorch ran
     kernels: bool  # whether the matrix kernels take x
     device: torch.device

@@ -106,12 +106,14 @@ def residual_block(
     return F.relu(y) if relu else y
 
 
-def preact_block(x: Tensor, units: Sequence[ConvBN], projection: ConvBN | None = None) -> Tensor:
+def preact_block(x: Tensor, units: Sequence[ConvBN], projection: ConvBN | Padded | None = None) -> Tensor:
     """The plain form of `resnet_fused.functional.preact_block`: x: [N, C, H, W] -> [N, K, P, Q].
 
     units, projection: as there. Errors are eager PyTorch's.
     """
     y, shortcut = x, x
+    if isinstance(projection, Padded):
+        shortcut, projection = projection(x, units[-1].weight.shape[0]), None
     for i, unit in enumerate(units):
         y = F.relu(norm(y, unit))
         if i == 0 and projection is not None:
@@ -178,7 +180,61 @@ class PaddedShortcut(nn.Module):
         return f"out_channels={self.out_channels}, stride={self.padded.stride}, before={self.padded.before}"
 
 
-class BasicBlock(nn.Module):
+PLACEMENTS = ("original", "bn_after_add", "relu_before_add", "relu_preact", "full_preact")
+
+
+class ResidualBlock(nn.Module):
+    """What BasicBlock and Bottleneck have in common: the forward, and where it may be told to differ.
+
+    `placement` is of He et al. 2016, figure 4; full pre-activation has classes of its own. With F the chain of
+    convolutions, each with its norm behind it and a ReLU between two:
+
+        original          relu(F(x) + shortcut)
+        bn_after_add      relu(bn(F(x) + shortcut)), F without its last norm
+        relu_before_add   relu(F(x)) + shortcut
+        relu_preact       F(relu(x)) + shortcut; a projection takes relu(x), any other shortcut x
+    """
+
+    expansion: int
+    branch_scale: float = 1.0  # of the two terms of the sum
+    shortcut_scale: float = 1.0
+    placement: str = "original"
+    has_shortcut: bool = True  # without one the block is plain: relu(F(x))
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = [getattr(self, f"{kind}{i}") for i in (1, 2, 3) if hasattr(self, f"conv{i}") for kind in ("conv", "bn")]
+        *inner, conv, bn = own
+        start = torch.relu(x) if self.placement == "relu_preact" else x
+        out = start
+        for inner_conv, inner_bn in zip(inner[::2], inner[1::2], strict=True):
+            out = self.relu(inner_bn(inner_conv(out)))
+        out = conv(out)
+        if self.placement != "bn_after_add":
+            out = bn(out)
+        if self.placement == "relu_before_add":
+            out = self.relu(out)
+        out = scaled(out, self.branch_scale)
+        if self.has_shortcut:
+            shortcut = scaled(self._shortcut(x, start), self.shortcut_scale)
+            kept = self.placement == "relu_before_add"  # backward of that ReLU needs its result
+            out = out + shortcut.to(out.dtype) if kept else out.add_(shortcut)
+        if self.placement == "bn_after_add":
+            out = bn(out)
+        return out if self.placement in ("relu_before_add", "relu_preact") else self.relu(out)
+
+    def _shortcut(self, x: Tensor, start: Tensor) -> Tensor:
+        if self.downsample is None:
+            return x
+        return self.downsample(x if isinstance(self.downsample, PaddedShortcut) else start)
+
+    def extra_repr(self) -> str:
+        names = ("branch_scale", "shortcut_scale", "placement", "has_shortcut")
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) != getattr(ResidualBlock, n))
+
+
+class BasicBlock(ResidualBlock):
     """relu(bn2(conv3x3(relu(bn1(conv3x3(x))))) + shortcut): names, defaults and state_dict of torchvision's.
 
     Arguments as `torchvision.models.resnet.BasicBlock`. x: [N, inplanes, H, W] -> [N, planes, P, Q]. Raises ValueError
@@ -186,8 +242,6 @@ class BasicBlock(nn.Module):
     """
 
     expansion: int = 1
-    branch_scale: float = 1.0  # of the two terms of the sum
-    shortcut_scale: float = 1.0
 
     def __init__(
         self,
@@ -214,22 +268,14 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = scaled(self.bn2(self.conv2(out)), self.branch_scale)
-        out += scaled(x if self.downsample is None else self.downsample(x), self.shortcut_scale)
-        return self.relu(out)
 
-
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3 (with the stride), 1x1 (x4): names, defaults and state_dict of torchvision's.
 
     Arguments as `torchvision.models.resnet.Bottleneck`. x: [N, inplanes, H, W] -> [N, 4*planes, P, Q].
     """
 
     expansion: int = 4
-    branch_scale: float = 1.0  # of the two terms of the sum
-    shortcut_scale: float = 1.0
 
     def __init__(
         self,
@@ -254,13 +300,6 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = scaled(self.bn3(self.conv3(out)), self.branch_scale)
-        out += scaled(x if self.downsample is None else self.downsample(x), self.shortcut_scale)
-        return self.relu(out)
 
 
 class ConcatBasicBlock(BasicBlock):
@@ -295,11 +334,13 @@ class ConcatBottleneck(Bottleneck):
 
 
 __all__ = [
+    "PLACEMENTS",
     "BasicBlock",
     "Bottleneck",
     "ConcatBasicBlock",
     "ConcatBottleneck",
     "PaddedShortcut",
+    "ResidualBlock",
     "bn_act_pool",
     "conv1x1",
     "conv3x3",

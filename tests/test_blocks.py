@@ -134,8 +134,19 @@ def test_a_foreign_shortcut_runs_by_itself(training) -> None:
     fused, eager = pair("Bottleneck")
     shortcut = nn.Sequential(nn.AvgPool2d(1), nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
     fused.downsample, eager.downsample = shortcut, copy.deepcopy(shortcut)
-    assert reasons(fused, activation("Bottleneck")) == [None]
+    assert reasons(fused, activation("Bottleneck")) == [None, None]  # the shortcut's conv and norm are fused, too
     check_modules(fused.train(training), eager.train(training), activation("Bottleneck"))
+    fused.downsample[2].register_forward_hook(lambda *_: None)  # now the shortcut runs as it is
+    assert reasons(fused, activation("Bottleneck")) == [None]
+
+
+def test_an_empty_shortcut_is_the_identity() -> None:
+    fused, eager = pair("BasicBlock")
+    fused.downsample, eager.downsample = nn.Sequential(), nn.Sequential()
+    with recording() as calls:
+        copy.deepcopy(fused)(activation("BasicBlock"))
+    assert [call.shortcut for call in calls] == ["identity"]
+    check_modules(fused, eager, activation("BasicBlock"))
 
 
 class Gate(nn.Module):

@@ -18,7 +18,7 @@ from resnet_fused.models import MNISTBlock, MNISTResNet, ResNet
 
 torchvision_models = pytest.importorskip("torchvision.models")
 
-IMAGENET_NAMES = [name for name in models.MODELS if name != "mnist_resnet"]
+IMAGENET_NAMES = list(models.TORCHVISION)
 SMALL: dict[str, Any] = {"layers": (1, 1, 1, 1), "num_classes": 7}
 PAIRS = {
     "basic": (rf.BasicBlock, torchvision_models.resnet.BasicBlock, {}),

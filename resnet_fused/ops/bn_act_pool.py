@@ -10,8 +10,9 @@ from torch import Tensor
 from .autograd import differentiable, fake, forbid_gradients
 from .bn_stats import batch_stats as stats_of
 from .layout import empty_nhwc, to_nhwc
+from .norm_relu import relu_bn_backward
 from .spec import Norm
-from .sync import Group, combined, summed
+from .sync import Group, combined
 
 _ops = torch.ops.resnet_fused
 
@@ -62,13 +63,9 @@ class StemTail(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         u, argmax, *vectors = ctx.saved_tensors
-        norm = Norm(*vectors)
-        gate = (norm.scale, norm.shift, norm.mean)
         da = _ops.bn_act_pool_backward(to_nhwc(dy), argmax, *u.shape[2:], *ctx.pool)
-        _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, *gate, False)
-        sums = summed(dbeta, dzx, u.numel() // u.shape[1], ctx.group) if ctx.batch_stats else None
-        du = _ops.bn_act_backward_apply(da, None, u, *gate, norm.scale, *norm.coefficients(sums))
-        return du, norm.rstd * dzx, dbeta, None, None, None, None, None, None
+        grads = relu_bn_backward(da, u, Norm(*vectors), ctx.batch_stats, ctx.group)
+        return *grads, None, None, None, None, None, None
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -1,6 +1,7 @@
 """`preact_block`: a pre-activation residual block (He et al. 2016, "Identity mappings"), forward and backward.
 
-    a_i = relu(bn_i(u_{i-1})),  u_i = conv_i(a_i),  u_0 = x;    y = u_n + x,  or  u_n + conv_s(a_1)
+    a_i = relu(bn_i(u_{i-1})),  u_i = conv_i(a_i),  u_0 = x;    y = u_n + x,  or  u_n + conv_s(a_1),  or u_n + x strided
+                                                                and padded with channels of zeros
 
 What the join writes, the next block's first batch norm reads: its mean and variance are taken in the same pass
 (`add_stats`) and handed on, so that no pass of the next block is for statistics of x.
@@ -26,7 +27,7 @@ from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
 from .bn_stats import batch_stats
 from .dispatch import ops as _ops
-from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
+from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
 from .pointwise import matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, route_of
 from .spec import Norm
@@ -40,7 +41,9 @@ _LIB.define(
     f"preact_block_backward(Tensor dy, Tensor x, {_PARAMS}, Tensor[] stats, Tensor[] saved, {_CONFIG}, bool needs_x, "
     "bool[] needs_weight) -> Tensor[]"
 )
-_FIELDS = 8  # integers a convolution in `geometry`: stride, padding, dilation (2 each), groups, batch_stats of its norm
+# Integers a convolution in `geometry`: stride, padding, dilation (2 each), groups, batch_stats of its norm. Behind them
+# a padded shortcut's stride and channels in front.
+_FIELDS = 8
 
 
 class PreActSpec(NamedTuple):
@@ -50,6 +53,7 @@ class PreActSpec(NamedTuple):
     batch_stats: tuple[bool, ...]  # of the chain's norms
     eps: tuple[float, ...]
     groups: tuple[Group | None, ...]  # the processes that each norm goes over; only with batch_stats
+    padded: Padded | None = None  # the shortcut's, if it is one
 
     @property
     def chain(self) -> int:
@@ -68,14 +72,16 @@ class PreActSpec(NamedTuple):
         for i, g in enumerate(self.convs):
             own = i < self.chain and self.batch_stats[i]
             geometry += [*g.stride, *g.padding, *g.dilation, g.groups, 1 if own else 0]
-        return geometry, list(self.eps), [name_of(group) for group in self.groups]
+        return geometry + list(self.padded or ()), list(self.eps), [name_of(group) for group in self.groups]
 
     @classmethod
     def decode(cls, geometry: list[int], eps: list[float], groups: list[str]) -> PreActSpec:
-        rows = [geometry[i : i + _FIELDS] for i in range(0, len(geometry), _FIELDS)]
+        at = len(geometry) - len(geometry) % _FIELDS
+        rows = [geometry[i : i + _FIELDS] for i in range(0, at, _FIELDS)]
         convs = tuple(Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6]) for g in rows)
         own = tuple(bool(g[7]) for g in rows[: len(eps)])
-        return cls(convs, own, tuple(eps), tuple(map(Group.named, groups)))
+        padded = Padded(*geometry[at:]) if geometry[at:] else None
+        return cls(convs, own, tuple(eps), tuple(map(Group.named, groups)), padded)
 
 
 def _norms(spec: PreActSpec, gammas, betas, means, vars, stats: list[Tensor]) -> list[Norm]:
@@ -130,11 +136,13 @@ def _forward(
                 if projects:
                     shortcut = conv(a, weights[-1], spec.convs[-1])
             saved += [u] if save and i + 1 < spec.chain else []
-        if hand_on and u.numel():
+        if hand_on and u.numel() and not spec.padded:
             return [*_ops.add_stats(shortcut, u, None, None), *stats, *saved]
         one = torch.ones(u.shape[1], dtype=acc_dtype(u.dtype), device=u.device)
-        y = _ops.bn_act(u, one, torch.zeros_like(one), shortcut, None, None, False, False)[0]
-    return [y, *(batch_stats(y) if hand_on else ()), *stats, *saved]
+        place = spec.padded or (0, 0)
+        y = _ops.bn_act(u, one, torch.zeros_like(one), shortcut, None, None, False, False, *place)[0]
+        own = batch_stats(y) if hand_on else ()
+    return [y, *own, *stats, *saved]
 
 
 def _fake_forward(
@@ -178,8 +186,10 @@ def _backward(
                 pixels = u.numel() // u.shape[1]
                 whole = summed(sums[0], sums[1], pixels, spec.groups[i]) if spec.batch_stats[i] else None
                 coefs = norm.coefficients(whole)
-                addend = dy if i == 0 and not spec.projected else None
+                addend = dy if i == 0 and not (spec.projected or spec.padded) else None
                 du = _ops.bn_act_backward_apply(dz.grad, None, u, *gate, norm.mean, norm.scale, *coefs, addend)
+        if spec.padded and needs_x:
+            du = spec.padded.adjoint(dy, du)
         if spec.projected:
             grads.append(laid_out_as(into_s, weights[-1]) if needs_weight[-1] else into_s)
     return [du if needs_x else dy.new_empty(0), *grads]

@@ -8,15 +8,16 @@ parametrizations or foreign modules on an inner layer make it run module by modu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import functional, reference
-from .checks import check_memory
-from .modules import (
+from .. import functional, reference
+from ..checks import check_memory
+from ..modules import (
     BATCH_NORMS,
     NotScripted,
     conv_reason,
@@ -29,13 +30,14 @@ from .modules import (
     relu_reason,
     traced_as_leaf,
 )
-from .ops.bn_act_pool import Pool, StemTail
-from .ops.layout import to_nhwc
-from .ops.pointwise import matrix_kernels_take
-from .ops.stem import Stem
-from .ops.stem import obstacle as stem_obstacle
-from .ops.sync import Group
-from .recorder import record
+from ..ops.bn_act_pool import Pool, StemTail
+from ..ops.layout import Padded, to_nhwc
+from ..ops.norm_relu import NormReLU
+from ..ops.pointwise import matrix_kernels_take
+from ..ops.stem import Stem
+from ..ops.stem import obstacle as stem_obstacle
+from ..ops.sync import Group
+from ..recorder import Pass, record
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -51,6 +53,8 @@ class FusedBlock(NotScripted, nn.Module):
     branch_scale: float = 1.0  # of the two terms of the sum
     shortcut_scale: float = 1.0
     concatenates: bool = False  # x stands beside the branch's output instead of being added to it
+    has_shortcut: bool = True
+    placement: str = "original"  # see `reference.ResidualBlock`
 
     def layers(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         """(conv name, conv, norm name, norm) of the main path, in order."""
@@ -70,29 +74,58 @@ class FusedBlock(NotScripted, nn.Module):
             extra = getattr(self, name, None)
             if extra is not None and type(extra) is not nn.Identity:
                 reason = reason or f"{name} is a {type(extra).__name__}"
+        if self.placement == "bn_after_add" and type(bn) not in BATCH_NORMS:
+            reason = reason or f"{bn_name}, behind the sum, is a {type(bn).__name__}"
         return reason
 
     def projection(self) -> tuple[nn.Conv2d, nn.Module] | None:
         """The shortcut's (conv, norm) where it is that and nothing else."""
         down: Any = getattr(self, "downsample", None)
-        if not isinstance(down, nn.Sequential) or type(down).forward is not nn.Sequential.forward:
-            return None
-        if hook_reason("downsample", down) or len(down) not in (1, 2):
+        if not _is_sequence(down) or len(down) not in (1, 2):
             return None
         conv, bn = (*down, nn.Identity())[:2]
         if conv_reason("downsample.0", conv) or norm_reason("downsample.1", bn):
             return None
         return conv, bn
 
+    def shortcut_tail(self) -> tuple[list[nn.Module], nn.Conv2d, nn.Module] | None:
+        """(what runs first, conv, norm) of a longer shortcut that ends so, as ResNet-D's behind an average pool."""
+        down: Any = getattr(self, "downsample", None)
+        if not _is_sequence(down) or len(down) < 3:
+            return None
+        *first, conv, bn = down
+        if conv_reason("conv", conv) or norm_reason("norm", bn) or isinstance(bn, nn.Identity):
+            return None
+        return first, conv, bn
+
     def shortcut(self, x: Tensor) -> Any:
         """As `functional.residual_block` takes it; a module of another kind runs here."""
         down: Any = getattr(self, "downsample", None)
+        if not self.has_shortcut:
+            return None
         if down is None:
             return "concat" if self.concatenates else "identity"
         if type(down) is reference.PaddedShortcut and hook_reason("downsample", down) is None:
             return down.padded
-        projection = self.projection()
-        return convbn_of(*projection) if projection else down(x)
+        if _is_sequence(down) and not len(down):
+            return "identity"
+        if projection := self.projection():
+            return convbn_of(*projection)
+        if (tail := self.shortcut_tail()) is None:
+            return down(x)
+        first, conv, bn = tail
+        for module in first:
+            x = module(x)
+        return functional.conv_bn_act(x, convbn_of(conv, bn), None, False, self.memory)
+
+    def shortcut_note(self) -> str:
+        """How a shortcut runs that is no part of the fused op, for reports."""
+        down: Any = getattr(self, "downsample", None)
+        if down is None or self.projection() or type(down) is reference.PaddedShortcut:
+            return ""
+        if self.shortcut_tail():
+            return "its downsample's last convolution and norm are a unit of their own, whose output is added"
+        return "its downsample runs as it is, its output is added" if not _is_sequence(down) or len(down) else ""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""
@@ -102,9 +135,50 @@ class FusedBlock(NotScripted, nn.Module):
         if reason is not None:
             record(x, (), None, None, reason)
             return super().forward(x)
-        units = [convbn_of(conv, bn) for _, conv, _, bn in self.layers()]  # type: ignore[arg-type]
+        if self.placement != "original":
+            return self.placed(x)
         scales = (self.branch_scale, self.shortcut_scale)
-        return functional.residual_block(x, units, self.shortcut(x), True, self.memory, *scales)
+        return functional.residual_block(x, self.units(), self.shortcut(x), True, self.memory, *scales)
+
+    def units(self) -> list[functional.ConvBN]:
+        """Those of the main path."""
+        return [convbn_of(conv, bn) for _, conv, _, bn in self.layers()]  # type: ignore[arg-type]
+
+    def placed(self, x: Tensor) -> Tensor:
+        """With another `placement` of norms and ReLUs than the original: two or three fused steps."""
+        units = self.units()
+        if self.placement == "bn_after_add":
+            *_, (_, _, _, bn) = self.layers()
+            last = replace(units[-1], gamma=None, beta=None, running_mean=None, running_var=None, has_norm=False,
+                           training=False)  # fmt: skip
+            z = functional.residual_block(x, [*units[:-1], last], self.shortcut(x), False, self.memory)
+            return bn_relu(z, bn)  # type: ignore[arg-type]
+        if self.placement == "relu_before_add":
+            f = functional.residual_block(x, units, None, True, self.memory)
+            shortcut = self.shortcut(x)
+            if isinstance(shortcut, functional.ConvBN):
+                return functional.residual_block(x, [shortcut], f, False, self.memory)
+            record(f, (), None, Pass("aten", "the shortcut added behind the ReLU, one pass"), None)
+            return f + _beside(f, x, shortcut)
+        record(x, (), None, Pass("aten", "the ReLU in front, one pass"), None)
+        a = torch.relu(x)
+        shortcut = self.shortcut(a)
+        if isinstance(shortcut, str | Padded):  # these take x as it is
+            shortcut = x if isinstance(shortcut, str) else shortcut(x, units[-1].weight.shape[0])
+        return functional.residual_block(a, units, shortcut, False, self.memory)
+
+
+def _is_sequence(down: Any) -> bool:
+    """Whether it runs its modules one after the other, and nobody watches."""
+    plain = isinstance(down, nn.Sequential) and type(down).forward is nn.Sequential.forward
+    return plain and hook_reason("downsample", down) is None
+
+
+def _beside(f: Tensor, x: Tensor, shortcut: Any) -> Tensor:
+    """The shortcut that is no projection, as a tensor like f [N, K, P, Q]."""
+    if isinstance(shortcut, str):  # "identity"
+        return x.to(f.dtype)
+    return (shortcut(x, f.shape[1]) if isinstance(shortcut, Padded) else shortcut).to(f.dtype)
 
 
 class BasicBlock(FusedBlock, reference.BasicBlock):
@@ -211,13 +285,38 @@ class ConvBNAct(NotScripted, nn.Module):
 
 def bn_relu_maxpool(x: Tensor, bn: BatchNorm, pool: Pool) -> Tensor:
     """maxpool(relu(bn(x))) in one pass, the stem's tail: [N, C, H, W] -> [N, C, P, Q], the pooled size."""
+    return _with_norm(lambda *norm: StemTail.apply(to_nhwc(x), *norm, pool), bn, x, _pixels(x, bn))
+
+
+def bn_relu(x: Tensor, bn: BatchNorm, stats: functional.Stats | None = None) -> Tensor:
+    """relu(bn(x)) in one pass: [N, C, H, W] -> the same shape.
+
+    `stats`: mean and biased variance of x, each [C] in the accumulation type, from whoever wrote x (this process's x,
+    also where bn's statistics are shared by several); without them a pass over x takes them.
+    """
+    group = Group.of(group_of(bn))
+    reason = functional.fallback_reason(x, shared=group is not None)
+    what = "batch norm and ReLU in one pass" + ("" if group is None else f"; statistics of {group.size} processes")
+    record(x, (), None, None if reason else Pass("fused", what), reason)
+    if reason is not None:
+        return torch.relu(bn(x))
+
+    def run(gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float, batch_stats: bool, group: Any) -> Any:
+        given = stats if stats is not None and batch_stats else (mean, var)
+        return NormReLU.apply(to_nhwc(x), gamma, beta, *given, eps, batch_stats, given is stats, group)
+
+    return _with_norm(run, bn, x, _pixels(x, bn))
+
+
+def _pixels(x: Tensor, bn: BatchNorm) -> int:
+    """How many each channel of x [N, C, H, W] has; raises what bn would."""
     nn.BatchNorm2d._check_input_dim(bn, x)  # type: ignore[arg-type]
     n, c, h, w = x.shape
     if c != bn.num_features:
         raise ValueError(f"x has shape {list(x.shape)}, expected {bn.num_features} channels")
     if _batch_stats(bn) and n * h * w == 1 and Group.of(group_of(bn)) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    return _with_norm(lambda *norm: StemTail.apply(to_nhwc(x), *norm, pool), bn, x, n * h * w)
+    return n * h * w
 
 
 def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, pool: Pool) -> Tensor:
@@ -272,6 +371,38 @@ class BNReLUMaxPool(NotScripted, nn.BatchNorm2d):
         return reference.bn_act_pool(x, self, *self.pool) if reason else bn_relu_maxpool(x, self, self.pool)
 
 
+class BNReLU(NotScripted, nn.Module):
+    """relu(bn(x)) in one pass; holds `bn`, made by `norm_layer` for so many channels.
+
+    x: [N, C, H, W] -> the same shape. In a PreActSequential the block in front hands it the statistics of x.
+    """
+
+    def __init__(self, channels: int, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.bn = norm_layer(channels)
+
+    def composed_reason(self) -> str | None:
+        """Why it must run module by module; None if it runs fused."""
+        if type(self.bn) not in BATCH_NORMS:
+            return f"bn is a {type(self.bn).__name__}"
+        return global_hook_reason() or hook_reason("bn", self.bn)
+
+    def run(self, x: Tensor, stats: functional.Stats | None = None, hand_on: bool = False) -> tuple[Tensor, None]:
+        """(y, None) from x and, where they are known, its statistics; it has none of y to hand on."""
+        reason = self.composed_reason()
+        if reason is None:
+            return bn_relu(x, self.bn, stats), None  # type: ignore[arg-type]
+        record(x, (), None, None, reason)
+        return torch.relu(self.bn(x)), None
+
+    def takes_stats(self) -> bool:
+        """Whether it normalises with the batch's statistics."""
+        return self.composed_reason() is None and _batch_stats(self.bn)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return traced_as_leaf(self, x) if isinstance(x, Proxy) else self.run(x)[0]
+
+
 class FusedStem(NotScripted, nn.Module):
     """Mixin of a network that begins conv1, bn1, relu (or act1), maxpool: its `stem` runs the last three in one pass.
 
@@ -282,6 +413,7 @@ class FusedStem(NotScripted, nn.Module):
     conv1: nn.Module
     bn1: Any
     maxpool: Any
+    stem_kind = "BNReLUMaxPool"  # what `explain` calls what runs behind conv1
 
     @property
     def act_name(self) -> str:
@@ -340,3 +472,29 @@ class FusedStem(NotScripted, nn.Module):
     def stem_by_modules(self, u: Tensor) -> Tensor:
         """What follows conv1."""
         return self.maxpool(getattr(self, self.act_name)(self.bn1(u)))
+
+
+class UnpooledStem(FusedStem):
+    """Mixin of a network that begins conv1, bn1, relu and has no pool: its `stem` runs the three as one unit."""
+
+    stem_kind = "BNReLU"
+
+    def stem_reason(self) -> str | None:
+        """Why the stem must run module by module; None if it runs fused."""
+        reason = global_hook_reason() or conv_reason("conv1", self.conv1) or norm_reason("bn1", self.bn1)
+        return reason or relu_reason(self.act_name, getattr(self, self.act_name))
+
+    def stem(self, x: Tensor) -> Tensor:
+        """relu(bn1(conv1(x))): [N, 3, H, W] -> [N, C, P, Q]."""
+        if isinstance(x, Proxy):
+            return self.stem_by_modules(self.conv1(x))
+        reason = self.stem_reason()
+        if reason is None:
+            return functional.conv_bn_act(x, convbn_of(self.conv1, self.bn1))  # type: ignore[arg-type]
+        u = self.conv1(x)
+        record(u, (), None, None, reason)
+        return self.stem_by_modules(u)
+
+    def stem_by_modules(self, u: Tensor) -> Tensor:
+        """What follows conv1."""
+        return getattr(self, self.act_name)(self.bn1(u))

@@ -1,0 +1,49 @@
+"""relu(bn(u)) on its own, and its backward, which the stem's is too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bn_stats import batch_stats as stats_of
+from .dispatch import ops as _ops
+from .layout import to_nhwc
+from .spec import Norm
+from .sync import Group, combined, summed
+
+
+def relu_bn_backward(
+    da: Tensor, u: Tensor, norm: Norm, batch_stats: bool, group: Group | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dgamma, dbeta) from the gradient da of relu(bn(u)) [N, C, H, W]."""
+    gate = (norm.scale, norm.shift, norm.mean)
+    _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, *gate, False)
+    sums = summed(dbeta, dzx, u.numel() // u.shape[1], group) if batch_stats else None
+    du = _ops.bn_act_backward_apply(da, None, u, *gate, norm.scale, *norm.coefficients(sums))
+    return du, norm.rstd * dzx, dbeta
+
+
+class NormReLU(torch.autograd.Function):
+    """relu(bn(u)): (u, gamma, beta, mean, var, eps, batch_stats, handed, group) -> (y, mean, var) or, with a group,
+    (y, mean, var, count [1]).
+
+    With `batch_stats` they are those of u, of all of the group's processes: this process's are taken here, or, if
+    `handed`, the given ones, whose gradient is part of u's.
+    """
+
+    @staticmethod
+    def forward(ctx, u, gamma, beta, mean, var, eps, batch_stats, handed, group: Group | None):
+        own = stats_of(u) if batch_stats and not handed else (mean.clone(), var.clone())
+        (stats,) = combined([own], u.numel() // u.shape[1], [group])
+        norm = Norm.of(stats[0], stats[1], gamma, beta, eps)
+        y = norm.operand(u)
+        ctx.save_for_backward(u, norm.mean, norm.var, norm.rstd, norm.scale, norm.shift, norm.beta)
+        ctx.batch_stats, ctx.group = batch_stats, group
+        ctx.mark_non_differentiable(*stats)
+        return y, *stats
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        u, *vectors = ctx.saved_tensors
+        grads = relu_bn_backward(to_nhwc(dy), u, Norm(*vectors), ctx.batch_stats, ctx.group)
+        return *grads, None, None, None, None, None, None
