@@ -227,7 +227,7 @@ def _fake_backward(
     dy, x, weights, gammas, betas, means, vars, handed, stats, saved, geometry, eps, groups, needs_x, needs_weight
 ) -> list[Tensor]:  # fmt: skip
     out = [empty_nhwc(x, x.shape) if needs_x else dy.new_empty((0,))]
-    own = [w.new_empty(w.shape) if need else dy.new_empty((0,)) for w, need in zip(weights, needs_weight, strict=True)]
+    own = [torch.empty_like(w) if need else dy.new_empty((0,)) for w, need in zip(weights, needs_weight, strict=True)]
     for w, gamma in zip(own, gammas, strict=False):
         out += [w, torch.empty_like(gamma), torch.empty_like(gamma)]
     return out + own[len(gammas) :]

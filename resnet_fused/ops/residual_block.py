@@ -139,7 +139,7 @@ def _fake_backward(
     out.append(empty_nhwc(dy, dy.shape) if needs_residual and relu else dy.new_empty((0,)))
     for w, gamma, beta, need in zip(weights, gammas, betas, needs_weight, strict=True):
         out += [
-            w.new_empty(w.shape) if need else dy.new_empty((0,)),
+            torch.empty_like(w) if need else dy.new_empty((0,)),
             torch.empty_like(gamma),
             torch.empty_like(beta),
         ]
