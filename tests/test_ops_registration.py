@@ -274,7 +274,7 @@ def preact_samples(name: str, dtype: torch.dtype) -> list[tuple]:
         given = [torch.rand(4, dtype=acc) for _ in range(2)] if handed else []
         geometry = [stride, stride, 1, 1, 1, 1, 1, int(handed), 1, 1, 1, 1, 1, 1, 1, int(handed)]
         geometry += [2, 2, 0, 0, 1, 1, 1, 0] if stride > 1 else []
-        lists, config = (weights, gammas, betas, means, vars, given), (geometry, [1e-5, 1e-5], ["", ""])
+        lists, config = (weights, gammas, betas, means, vars, given), (geometry, [1e-5, 1e-5], ",")
         if own:
             out.append((x, *lists, *config, handed, True))
             continue

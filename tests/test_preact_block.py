@@ -145,7 +145,7 @@ def test_a_sequence_takes_no_statistics_of_what_a_block_wrote() -> None:
             name = func._opname
             if name == "preact_block":
                 counts["handed"] = counts.get("handed", 0) + bool(args[6])
-                counts["handed on"] = counts.get("handed on", 0) + bool(args[9])
+                counts["handed on"] = counts.get("handed on", 0) + bool(args[10])
             return func(*args, **(kwargs or {}))
 
     blocks = rf.PreActSequential(*(rf.PreActBasicBlock(8, 8) for _ in range(3)))

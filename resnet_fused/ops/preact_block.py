@@ -31,11 +31,11 @@ from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, t
 from .pointwise import matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, route_of
 from .spec import Norm
-from .sync import Group, combined, name_of, summed
+from .sync import Group, combined, groups_named, names_of, summed
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars, Tensor[] handed"
-_CONFIG = "int[] geometry, float[] eps, str[] groups"
+_CONFIG = "int[] geometry, float[] eps, str groups"
 _LIB.define(f"preact_block(Tensor x, {_PARAMS}, {_CONFIG}, bool hand_on, bool save) -> Tensor[]")
 _LIB.define(
     f"preact_block_backward(Tensor dy, Tensor x, {_PARAMS}, Tensor[] stats, Tensor[] saved, {_CONFIG}, bool needs_x, "
@@ -67,21 +67,21 @@ class PreActSpec(NamedTuple):
         """How many tensors each norm's statistics are: (mean, var), and with a group the count."""
         return [own * (2 + (group is not None)) for own, group in zip(self.batch_stats, self.groups, strict=True)]
 
-    def encode(self) -> tuple[list[int], list[float], list[str]]:
+    def encode(self) -> tuple[list[int], list[float], str]:
         geometry: list[int] = []
         for i, g in enumerate(self.convs):
             own = i < self.chain and self.batch_stats[i]
             geometry += [*g.stride, *g.padding, *g.dilation, g.groups, 1 if own else 0]
-        return geometry + list(self.padded or ()), list(self.eps), [name_of(group) for group in self.groups]
+        return geometry + list(self.padded or ()), list(self.eps), names_of(self.groups)
 
     @classmethod
-    def decode(cls, geometry: list[int], eps: list[float], groups: list[str]) -> PreActSpec:
+    def decode(cls, geometry: list[int], eps: list[float], groups: str) -> PreActSpec:
         at = len(geometry) - len(geometry) % _FIELDS
         rows = [geometry[i : i + _FIELDS] for i in range(0, at, _FIELDS)]
         convs = tuple(Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6]) for g in rows)
         own = tuple(bool(g[7]) for g in rows[: len(eps)])
         padded = Padded(*geometry[at:]) if geometry[at:] else None
-        return cls(convs, own, tuple(eps), tuple(map(Group.named, groups)), padded)
+        return cls(convs, own, tuple(eps), groups_named(groups), padded)
 
 
 def _norms(spec: PreActSpec, gammas, betas, means, vars, stats: list[Tensor]) -> list[Norm]:

@@ -4,7 +4,8 @@ Their schemas are flat, so that they trace, export and compile as one node each:
 
     geometry  10 integers a unit: stride, padding, dilation (2 each), groups, batch_stats, plan (index into
               spec.PLANS), track_gamma; behind them a padded shortcut's stride and channels in front
-    groups    the name of the process group over which a unit's norm goes, "" for this process alone
+    groups    of each unit the name of the process group over which its norm goes, none for this process alone; commas
+              between
     stats     (mean, var) of every unit that normalises with the batch's statistics, in the units' order; with a group
               (mean, var, count [1]) of all of its processes
     saved     see block.py; the fake below lists it shape by shape
@@ -23,10 +24,10 @@ from .aten import Geometry
 from .autograd import forbid_gradients
 from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, mask_shape, to_nhwc
 from .spec import PLANS, BlockSpec, UnitParams, UnitSpec
-from .sync import Group, name_of
+from .sync import groups_named, names_of
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
-_CONFIG = "int[] geometry, float[] eps, str[] groups, str shortcut, bool relu, float shortcut_scale"
+_CONFIG = "int[] geometry, float[] eps, str groups, str shortcut, bool relu, float shortcut_scale"
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars"
 _LIB.define(f"residual_block(Tensor x, Tensor? residual, {_PARAMS}, {_CONFIG}, bool save) -> Tensor[]")
 _LIB.define(
@@ -37,7 +38,7 @@ _FIELDS = 10  # integers a unit in `geometry`
 CONFIG = ("geometry", "eps", "groups", "shortcut", "relu", "shortcut_scale")  # the names of what `encode` gives
 
 
-def encode(spec: BlockSpec) -> tuple[list[int], list[float], list[str], str, bool, float]:
+def encode(spec: BlockSpec) -> tuple[list[int], list[float], str, str, bool, float]:
     """The flat arguments that `decode` reads back."""
     geometry: list[int] = []
     for u in spec.units:
@@ -45,24 +46,24 @@ def encode(spec: BlockSpec) -> tuple[list[int], list[float], list[str], str, boo
         geometry += [*g.stride, *g.padding, *g.dilation, g.groups]
         geometry += [int(u.batch_stats), PLANS.index(u.plan), int(u.track_gamma)]
     geometry += spec.padded if spec.shortcut == "padded" else ()
-    eps, groups = [u.eps for u in spec.units], [name_of(u.group) for u in spec.units]
+    eps, groups = [u.eps for u in spec.units], names_of(u.group for u in spec.units)
     return geometry, eps, groups, spec.shortcut, spec.relu, spec.shortcut_scale
 
 
 def decode(
     geometry: list[int],
     eps: list[float],
-    groups: list[str],
+    groups: str,
     shortcut: str,
     relu: bool,
     shortcut_scale: float,
     save: bool,
 ) -> BlockSpec:
     units = []
-    for i, (e, group) in enumerate(zip(eps, groups, strict=True)):
+    for i, (e, group) in enumerate(zip(eps, groups_named(groups), strict=True)):
         g = geometry[i * _FIELDS : (i + 1) * _FIELDS]
         where = Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
-        units.append(UnitSpec(where, e, bool(g[7]), PLANS[g[8]], bool(g[9]), Group.named(group)))
+        units.append(UnitSpec(where, e, bool(g[7]), PLANS[g[8]], bool(g[9]), group))
     padded = Padded(*geometry[len(eps) * _FIELDS :])
     return BlockSpec(tuple(units), shortcut, relu, save, shortcut_scale, padded)
 

@@ -14,7 +14,7 @@ matrix itself, of C x C numbers, stays at home. So every plan sends the same, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -71,6 +71,15 @@ def _process_group(name: str) -> Any:
 def name_of(group: Group | None) -> str:
     """As `Group.named` takes it."""
     return "" if group is None else group.name
+
+
+def names_of(groups: Iterable[Group | None]) -> str:
+    """As `groups_named` takes them: one string, since torch.jit.trace takes no list of them."""
+    return ",".join(map(name_of, groups))
+
+
+def groups_named(names: str) -> tuple[Group | None, ...]:
+    return tuple(map(Group.named, names.split(",")))
 
 
 def combined(
