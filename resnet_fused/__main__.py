@@ -1,18 +1,18 @@
-"""The command line: `python -m resnet_fused info | explain | tune | train | eval | demo`.
+"""The command line: `python -m resnet_fused info | explain | tune | train | eval | analyse | demo`.
 
-Exit codes: 0 success, 1 failure (one line on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 failure (one line on stderr), 2 wrong usage, 130 interrupted (143: by SIGTERM).
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import importlib
 import importlib.metadata
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__, costs, counting, evaluate, kernels, models, network, units
+from . import __version__, apps, costs, counting, kernels, models, network, units
+from .arguments import checked_device, positive_float, positive_int
 from .console import explanation_table, make_console, make_table
 from .convert import fuse_
-from .data import mnist_5k
 from .ops.pointwise import as_on_a_gpu
-from .train import RECIPES, SEEDS, DivergenceError, train
+from .train import DivergenceError
 from .tune import BACKENDS, ROUNDS, tune
 
 FAILURES = (OSError, ImportError, ValueError, DivergenceError, torch.OutOfMemoryError)
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -90,7 +90,7 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def _model_and_batch(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    device, dtype = _device(args), DTYPES[args.dtype]
+    device, dtype = checked_device(args.device), DTYPES[args.dtype]
     model = models.create(args.model).to(device, dtype)
     channels, side, _ = models.image_shape(args.model)
     size = side if channels == 1 else args.size or side  # MNIST's networks take digits of one size
@@ -115,38 +115,11 @@ def tune_command(args: argparse.Namespace) -> int:
 def _explain_units(args: argparse.Namespace) -> int:
     if args.model not in network.MODELS or DTYPES[args.dtype] == torch.float32:
         raise ValueError("--units takes a ResNet and a 16-bit --dtype, for which there are matrix kernels")
-    device = torch.device(_device(args))
+    device = torch.device(checked_device(args.device))
     measured = device if device.type == "cuda" else None
     trace = units.trace(args.model, args.batch, args.size or 224, args.memory, DTYPES[args.dtype], args.arch, measured)
     _print_plain(trace.columns, trace.cells(), left=4)
     print(trace)
-    return 0
-
-
-def train_command(args: argparse.Namespace) -> int:
-    """Trains a recipe; its flags change single values."""
-    names = [f.name for f in dataclasses.fields(RECIPES[args.recipe])]
-    changes = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    console = make_console()
-    run = train(dataclasses.replace(RECIPES[args.recipe], **changes), args.out, _device(args), console)
-    console.print(str(run), soft_wrap=True)
-    return 0
-
-
-def eval_command(args: argparse.Namespace) -> int:
-    """Accuracy and confusion counts of a checkpoint on the held-out digits."""
-    model, metadata = evaluate.load_checkpoint(args.checkpoint)
-    test_set = mnist_5k()[1]
-    counts = evaluate.confusion(model.to(_device(args)), test_set)
-    hits, total = int(counts.diagonal().sum()), int(counts.sum())
-    epoch = metadata.get("epoch", "?")
-    print(f"{metadata['model']}, epoch {epoch}: {hits} of {total} right, {hits / total:.2%}")
-    digits = map(str, range(evaluate.CLASSES))
-    table = make_table("", *digits, "right", title="true digit (row), predicted (column)")
-    for digit, row in enumerate(counts.tolist()):
-        cells = [str(n) if n else "·" for n in row]
-        table.add_row(str(digit), *cells, f"{row[digit] / max(1, sum(row)):.0%}")
-    make_console().print(table)
     return 0
 
 
@@ -193,13 +166,13 @@ def _parser() -> argparse.ArgumentParser:
         "--traffic", action="store_true", help="the bytes that blocks move in a training step, by two counts"
     )
     sub.add_argument("--model", choices=network.MODELS, help="with --traffic: of a whole network, by stage")
-    sub.add_argument("--batch", type=_positive_int, default=256)
-    sub.add_argument("--size", type=_positive_int, default=224, help="side of the images, pixels")
+    sub.add_argument("--batch", type=positive_int, default=256)
+    sub.add_argument("--size", type=positive_int, default=224, help="side of the images, pixels")
 
     sub = with_device(command("explain", explain))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
-    sub.add_argument("--batch", type=_positive_int, default=8)
-    sub.add_argument("--size", type=_positive_int, help="side of the images, pixels (default: the network's)")
+    sub.add_argument("--batch", type=positive_int, default=8)
+    sub.add_argument("--size", type=positive_int, help="side of the images, pixels (default: the network's)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--training", action="store_true", help="with batch statistics and gradients")
     sub.add_argument("--as-on-a-gpu", action="store_true", help="plan for the kernels (16-bit types)")
@@ -213,81 +186,25 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = with_device(command("tune", tune_command))
     sub.add_argument("--model", choices=models.MODELS, default="resnet50")
-    sub.add_argument("--batch", type=_positive_int, default=32)
-    sub.add_argument("--size", type=_positive_int, help="side of the images, pixels (default: the network's)")
+    sub.add_argument("--batch", type=positive_int, default=32)
+    sub.add_argument("--size", type=positive_int, help="side of the images, pixels (default: the network's)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--memory", choices=network.MEMORIES, default="lean")
     sub.add_argument("--inference", action="store_true", help="forward alone, with given statistics")
-    sub.add_argument("--rounds", type=_positive_int, default=ROUNDS, help="of each measurement (default: %(default)s)")
-    sub.add_argument("--seconds", type=_positive_float, default=math.inf, help="after which no other problem is begun")
+    sub.add_argument("--rounds", type=positive_int, default=ROUNDS, help="of each measurement (default: %(default)s)")
+    sub.add_argument("--seconds", type=positive_float, default=math.inf, help="after which no other problem is begun")
     sub.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     sub.add_argument("--again", action="store_true", help="also what is known already")
 
-    sub = with_device(command("train", train_command))
-    sub.add_argument("recipe", choices=RECIPES, nargs="?", default="mnist")
-    sub.add_argument("--epochs", type=_positive_int)
-    sub.add_argument("--batch-size", type=_positive_int)
-    sub.add_argument("--lr", type=_positive_float, help="learning rate")
-    sub.add_argument("--momentum", type=_fraction)
-    sub.add_argument("--seed", type=_seed)
-    _add_out(sub)
+    apps.add_commands(command)
 
-    sub = with_device(command("eval", eval_command))
-    sub.add_argument("checkpoint", type=Path)
-
-    _add_out(command("demo", demo_command))
+    sub = command("demo", demo_command)
+    default = Path("runs") / "mnist"
+    sub.add_argument("--out", type=Path, default=default, help="folder for results (default: %(default)s)")
     return parser
 
 
-def _add_out(sub: argparse.ArgumentParser) -> None:
-    default = Path("runs") / "mnist"
-    sub.add_argument("--out", type=Path, default=default, help="folder for results (default: %(default)s)")
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    try:
-        seed = int(text)
-    except ValueError:
-        seed = SEEDS.stop
-    if seed not in SEEDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from -2**63 to 2**64 - 1")
-    return seed
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def _positive_float(text: str) -> float:
-    if not 0 < _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return _number(text)
-
-
-def _fraction(text: str) -> float:
-    if not 0 <= _number(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
-    return _number(text)
-
-
 # ---------------------------------------------------------------- the machine
-
-
-def _device(args: argparse.Namespace) -> str:
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    return args.device
 
 
 def _version(package: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,20 @@ def check_memory(memory: str) -> None:
         raise ValueError(f'memory is {memory!r}, expected "lean" or "fast"')
 
 
+_fusion = True
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within it every fused block, unit and stem, of every thread, runs as the plain PyTorch that it stands for."""
+    global _fusion
+    before, _fusion = _fusion, False
+    try:
+        yield
+    finally:
+        _fusion = before
+
+
 def fallback_reason(x: Tensor, has_norm: bool = True, shared: bool = False) -> str | None:
     """Why eager PyTorch, which takes these arguments, must run them; None if the fused ops can.
 
@@ -30,6 +45,8 @@ def fallback_reason(x: Tensor, has_norm: bool = True, shared: bool = False) -> s
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a Tensor")
+    if not _fusion:
+        return "fusion is switched off"
     if x.dim() == 4 and x.numel() == 0 and not shared:
         return "empty input"
     if x.dim() == 3 and not has_norm:

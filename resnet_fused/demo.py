@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from . import measure
 from .agreement import Agreement, compare
+from .checkpoint import network, read
 from .console import explanation_table, make_table
 from .convert import fuse_
 from .data import mnist_5k, photos, require
-from .evaluate import accuracy, load_checkpoint, neighbour_accuracy
+from .data.views import HeldOutView
+from .evaluate import neighbour_accuracy, score
 from .explain import explain
 from .inference import optimize_for_inference
-from .train import RECIPES, train
+from .recipe import read as read_recipe
+from .train import train
 
 PHOTOS, SIZE = 8, 224
 SEED = 0
@@ -193,11 +196,16 @@ def show_training(folder: Path, console) -> Iterator[Check]:
         1
     )  # a step takes milliseconds: on a busy machine, threads lose more by waiting than they gain
     try:
-        run = train(RECIPES["mnist"], folder, console=console)
+        run = train(read_recipe("mnist"), folder, console=console, restart=True)
     finally:
         torch.set_num_threads(threads)
-    baseline = neighbour_accuracy(*mnist_5k())
-    reloaded = accuracy(load_checkpoint(run.checkpoint)[0], mnist_5k()[1])
+    digits, held_out = mnist_5k()
+    baseline = neighbour_accuracy(digits, held_out)
+    trained = read(run.checkpoint)
+    assert trained.pixels is not None
+    reread = score(network(trained, run.checkpoint), HeldOutView(held_out, trained.pixels, 28))
+    assert reread is not None
+    reloaded = reread.top1
     console.print(f"{run}\n3-nearest-neighbour baseline: {baseline:.2%}", highlight=False, soft_wrap=True)
     result = f"{run.best:.2%} in {run.seconds:.0f} s; baseline {baseline:.2%}"
     yield Check("held-out accuracy", result, run.best > baseline)

