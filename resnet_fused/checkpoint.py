@@ -11,9 +11,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def write(path: Path, content: bytes) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise SaveError(f"cannot save {path}: {error.strerror or error}; what was saved before is as it was") from error
 
 
@@ -185,12 +186,13 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Trained]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch checks no sums
         if damaged:
-            raise CheckpointError(f"{path} is damaged: {damaged}")
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights, digest = folder / state["weights"], state["sha256"]
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # whatever damage leads to
         raise CheckpointError(f"{path} is no checkpoint of a run: {error}") from error
-    trained = read(weights)
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+    if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
         raise CheckpointError(f"{weights} is damaged: its contents are not those that {path} was saved with")
-    return state, trained
+    return state, read(weights)

@@ -361,6 +361,7 @@ class Trainer:
         state = {
             "recipe": self.recipe.as_dict(),
             "total": self.total,
+            "epoch_length": self.epoch_length,
             "history": run.history,
             "seconds": run.seconds,
             "sums": self.sums,
@@ -378,6 +379,10 @@ class Trainer:
         if trained.classes != self.classes:
             raise checkpoint.CheckpointError(
                 f"{path} is of {len(trained.classes)} classes, the data has {len(self.classes)}, or others"
+            )
+        if state["epoch_length"] != self.epoch_length:
+            raise checkpoint.CheckpointError(
+                f"{path} is of {state['epoch_length']} iterations an epoch, the data makes {self.epoch_length}"
             )
         checkpoint.restore(self.model, trained, path)
         try:
