@@ -19,6 +19,7 @@ from .data.loading import batches, in_batches
 from .data.views import Crops, HeldOutView
 from .models import MODELS
 from .prepare import splits
+from .processes import leads
 from .recipe import TYPES, Recipe, RecipeError
 from .train import train
 
@@ -39,7 +40,8 @@ def train_command(args: argparse.Namespace) -> int:
         base = recipe.read(args.recipe)
     console = make_console()
     run = train(_changed(base, args), folder, checked_device(args.device), console, args.resume, args.restart)
-    console.print(str(run), soft_wrap=True)
+    if leads():
+        console.print(str(run), soft_wrap=True)
     return 0
 
 

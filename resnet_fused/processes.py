@@ -60,6 +60,11 @@ class Processes:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
+def leads() -> bool:
+    """Whether this process, of those that torchrun started, is the first; also where it did not."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes that torchrun started, each with a GPU of its own on "cuda" (NCCL; else Gloo); or this one alone.

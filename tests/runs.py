@@ -18,11 +18,11 @@ from resnet_fused.recipe import Recipe
 
 
 class TinyNet(nn.Module):
-    """A stem, a fused block and a dropout, for [N, 1, H, W] images of few pixels."""
+    """A stem, a fused block and a dropout, for [N, channels, H, W] images of few pixels."""
 
-    def __init__(self, num_classes: int = 10, dropout: float = 0.25) -> None:
+    def __init__(self, num_classes: int = 10, dropout: float = 0.25, channels: int = 1) -> None:
         super().__init__()
-        self.stem = ConvBNAct(1, 4, 3, stride=4, padding=1)
+        self.stem = ConvBNAct(channels, 4, 3, stride=4, padding=1)
         self.block = BasicBlock(4, 4)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(4, num_classes)

@@ -136,7 +136,7 @@ def test_damaged_packed_files_are_named(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder .*nowhere"):
+    with pytest.raises(DataError, match=r"no folder .*nowhere"):
         load("mnist", tmp_path / "nowhere")
     with pytest.raises(DataError, match="mnist needs its folder: --data-dir"):
         load("mnist", None)
@@ -215,7 +215,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_of_images_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder .*train"):
+    with pytest.raises(DataError, match=r"no folder .*train"):
         load("images", tmp_path)
     write_images(tmp_path)
     (tmp_path / "val" / "extra").mkdir()

@@ -91,7 +91,7 @@ def test_networks_get_the_classes_and_arguments(monkeypatch: pytest.MonkeyPatch)
     assert (model.fc.out_features, model.dropout.p) == (7, 0.5)
     assert model.block.memory == "fast"
     assert model.fc.weight.dtype == torch.float64
-    with pytest.raises(RecipeError, match="model_args of tiny: .*depth"):
+    with pytest.raises(RecipeError, match=r"model_args of tiny: .*depth"):
         recipe.build(dataclasses.replace(own, model_args={"depth": 3}), 7)
     with pytest.raises(ValueError, match="unknown model 'vgg'"):
         recipe.build(Recipe(model="vgg"), 10)
@@ -126,5 +126,5 @@ def test_a_plateau() -> None:
 
 
 def test_a_warm_up_is_slower_than_the_rest() -> None:
-    with pytest.raises(ValueError, match="warmup_lr is 0.01, expected at most lr, 0.005"):
+    with pytest.raises(ValueError, match=r"warmup_lr is 0.01, expected at most lr, 0.005"):
         rates(Recipe(warmup=3), 1)

@@ -92,6 +92,15 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def stop_at(iteration: int, recipe: Recipe, folder: Path, resume: bool = False) -> Interrupted:
+    """Trains until an interrupt in that iteration; the exception."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, iteration, interrupt)
+        with pytest.raises(Interrupted) as caught:
+            train(recipe, folder, resume=resume)
+    return caught.value
+
+
 @pytest.fixture(scope="module")
 def whole(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of the run that nothing stopped: two epochs of seven iterations."""
@@ -104,15 +113,9 @@ def whole(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 
 @pytest.mark.parametrize("iteration", [1, 5, 7, 8, 14])
-def test_after_an_interrupt(
-    iteration: int, mnist: Path, whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_interrupt(iteration: int, mnist: Path, whole: dict, tmp_path: Path) -> None:
     recipe = tiny_recipe(mnist, **VALUES)
-    with monkeypatch.context() as patch:
-        before_step(patch, iteration, interrupt)
-        with pytest.raises(Interrupted) as caught:
-            train(recipe, tmp_path)
-        assert caught.value.number == signal.SIGINT
+    assert stop_at(iteration, recipe, tmp_path).number == signal.SIGINT
     assert read_state(tmp_path)[0]["iteration"] == iteration
     train(recipe, tmp_path, resume=True)
     assert everything(tmp_path) == whole
@@ -132,13 +135,11 @@ def test_after_a_kill(
     assert everything(killed) == whole
 
 
-def test_twice_and_with_workers(mnist: Path, whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twice_and_with_workers(mnist: Path, whole: dict, tmp_path: Path) -> None:
     """What may change when a run goes on changes nothing of what it computes."""
     recipe = tiny_recipe(mnist, **VALUES)
     for iteration, own in ((4, recipe), (11, dataclasses.replace(recipe, workers=1))):
-        with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            before_step(patch, iteration, interrupt)
-            train(own, tmp_path, resume=iteration > 4)
+        stop_at(iteration, own, tmp_path, resume=iteration > 4)
     train(recipe, tmp_path, resume=True)
     assert everything(tmp_path) == whole
 
@@ -148,12 +149,10 @@ def test_twice_and_with_workers(mnist: Path, whole: dict, tmp_path: Path, monkey
     [{"schedule": "plateau", "patience": 0}, {"precision": "fp16"}, {"precision": "fp64", "fuse": "off"}],
     ids=["plateau", "fp16", "fp64"],
 )
-def test_other_recipes(values: dict, mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_recipes(values: dict, mnist: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(mnist, **values)
     train(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        before_step(patch, 10, interrupt)
-        train(recipe, tmp_path / "stopped")
+    stop_at(10, recipe, tmp_path / "stopped")
     train(recipe, tmp_path / "stopped", resume=True)
     assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
 
@@ -190,12 +189,12 @@ def test_another_recipe_is_no_continuation(mnist: Path, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_an_unfinished_run_is_not_overwritten(mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_not_overwritten(mnist: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(mnist)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        before_step(patch, 5, interrupt)
-        train(recipe, tmp_path)
-    with pytest.raises(ValueError, match="stopped at iteration 5 of 14: --resume goes on with it, --restart begins again"):
+    stop_at(5, recipe, tmp_path)
+    with pytest.raises(
+        ValueError, match="stopped at iteration 5 of 14: --resume goes on with it, --restart begins again"
+    ):
         train(recipe, tmp_path)
     assert read_state(tmp_path)[0]["iteration"] == 5
     train(recipe, tmp_path, restart=True)
@@ -229,7 +228,7 @@ def test_divergence_keeps_the_checkpoints_before_it(
         return step(self, x * float("nan") if self.run_.iteration + 1 == 11 else x, labels)
 
     monkeypatch.setattr(Trainer, "_step", poisoned)
-    with pytest.raises(DivergenceError, match="the loss is nan at iteration 11: try a smaller learning rate; the check"):
+    with pytest.raises(DivergenceError, match=r"the loss is nan at iteration 11: try a smaller .*; the checkpoints"):
         train(recipe, tmp_path)
     state, trained = read_state(tmp_path)
     assert state["iteration"] == 9

@@ -193,7 +193,9 @@ def test_batches_are_slices() -> None:
 
 
 def test_streams_of_neighbouring_keys_differ() -> None:
-    first = {torch.rand(1, generator=stream(*key)).item() for key in [(0, 1), (1, 0), (1, 1), (0, 0, 1), (-1,), (2**64,)]}
+    first = {
+        torch.rand(1, generator=stream(*key)).item() for key in [(0, 1), (1, 0), (1, 1), (0, 0, 1), (-1,), (2**64,)]
+    }
     assert len(first) == 6
 
 
