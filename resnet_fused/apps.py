@@ -321,4 +321,5 @@ def _add_data_flags(sub: argparse.ArgumentParser) -> None:
     """Where the images are now, if not where the training found them."""
     sub.add_argument("--data", choices=FORMATS)
     sub.add_argument("--data-dir")
-    sub.add_argument("--workers", type=_value("workers"), metavar="N")
+    for name in ("size", "workers"):
+        sub.add_argument(f"--{name}", type=_value(name), metavar="N")

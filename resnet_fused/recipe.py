@@ -92,8 +92,6 @@ class Recipe:
             value = getattr(self, f.name)
             for one in value if isinstance(value, tuple) else (value,):
                 _check(f, one)
-        if self.seed not in SEEDS:
-            raise RecipeError(f"seed is {self.seed}, expected -2**63 to 2**64 - 1")
         if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
             raise RecipeError(f"scale is {list(self.scale)}, expected a least and a greatest shorter side")
         if self.data == "images" and self.scale[0] < self.size:
@@ -128,6 +126,8 @@ def _check(f: dataclasses.Field, value: Any) -> None:
     limits, words = f.metadata, choices(f)
     if words and value not in words:
         raise RecipeError(f"{f.name} is {value!r}, expected one of {', '.join(words)}")
+    if f.name == "seed" and value not in SEEDS:
+        raise RecipeError(f"seed is {value}, expected -2**63 to 2**64 - 1")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{f.name} is {value}, expected a finite number")
     for limit, fails, relation in (

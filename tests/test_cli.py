@@ -11,14 +11,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from runs import write_mnist
 
-from resnet_fused import __version__, demo, evaluate, measure, models
+from resnet_fused import __version__, apps, checkpoint, demo, measure, models
 from resnet_fused.__main__ import main
 from resnet_fused.console import make_console
 from resnet_fused.data import photos
+from resnet_fused.recipe import Recipe
+from resnet_fused.train import Run
 
 for package in ("mlxtend", "rich", "safetensors", "skimage", "sklearn"):
     pytest.importorskip(package)
@@ -38,11 +42,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained network's."""
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     torch.manual_seed(0)
-    evaluate.save_checkpoint(models.mnist_resnet(), path, {"model": "mnist_resnet", "epoch": 0})
+    checkpoint.save(models.mnist_resnet(), path, {"model": "mnist_resnet", "epoch": 0})
     return path
 
 
@@ -72,11 +76,13 @@ def test_explain(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "mnist", "--epochs", "1", "--seed", "5", "--out", str(tmp_path)]) == 0
+    small = ["--data", "mnist", "--data-dir", str(write_mnist(tmp_path / "mnist"))]
+    assert main(["train", "mnist", "--epochs", "1", "--seed", "5", *small, "--out", str(tmp_path)]) == 0
     best = re.search(r"best accuracy ([\d.]+)%", capsys.readouterr().out)
     assert main(["eval", str(tmp_path / "best.safetensors")]) == 0
     out = capsys.readouterr().out
-    assert f"of 1000 right, {best[1]}%" in out
+    assert best
+    assert f"of 20 right, {best[1]}%" in out
     assert "predicted (column)" in out
 
 
@@ -89,6 +95,14 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["train", "--device", "cuda:99"], "--device cuda:99"),
         (["train", "--device", "nonsense"], "--device nonsense"),
         (["train", "--epochs", "1", "--out", __file__], "exists"),
+        (["train", "nothing.toml"], "no recipe nothing.toml: one of cifar10, "),
+        (["train", "--data", "cifar10"], "cifar10 needs its folder: --data-dir"),
+        (["train", "--data", "mnist", "--data-dir", "nowhere"], "no folder nowhere"),
+        (["train", "--data-dir", "nowhere"], "data is 'digits'"),
+        (["train", "--model", "resnet18"], "resnet18 does not take the images"),
+        (["train", "--batch-size", "31", "--accumulate", "2"], "batch_size is 31, which accumulate, 2, does not"),
+        (["train", "--resume", "--out", "nowhere"], "no run to go on with in nowhere"),
+        (["analyse", "responses", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
     ],
 )
 def test_failures_are_one_line(
@@ -107,12 +121,19 @@ def test_failures_are_one_line(
     [
         ([], "COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["train", "--epochs", "0"], "'0' is not a whole number above 0"),
-        (["train", "--lr", "nan"], "'nan' is not a finite number above 0"),
-        (["train", "--momentum", "1"], "'1' is not in [0, 1)"),
-        (["train", "--lr", "fast"], "'fast' is not a number"),
-        (["train", "--seed", str(2**64)], "argument --seed: '18446744073709551616' is not a whole number from -2**63"),
+        (["train", "--epochs", "0"], "argument --epochs: epochs is 0, expected at least 1"),
+        (["train", "--lr", "nan"], "lr is nan, expected a finite number"),
+        (["train", "--momentum", "1"], "momentum is 1.0, expected less than 1"),
+        (["train", "--lr", "fast"], "argument --lr: 'fast' is not a number"),
+        (["train", "--seed", str(2**64)], "seed is 18446744073709551616, expected -2**63 to 2**64 - 1"),
         (["train", "--seed", "x"], "argument --seed: 'x' is not a whole number"),
+        (["train", "--schedule", "cosine"], "schedule is 'cosine', expected one of constant, step, plateau"),
+        (["train", "--milestones", "5", "x"], "argument --milestones: 'x' is not a whole number"),
+        (["train", "--model", "vgg"], "invalid choice: 'vgg'"),
+        (["train", "--model-args", "depth"], "'depth' is not NAME=VALUE"),
+        (["train", "--resume", "--restart"], "not allowed with argument --resume"),
+        (["analyse"], "WHAT"),
+        (["analyse", "table", "--models", "vgg"], "invalid choice: 'vgg'"),
         (["explain", "--model", "vgg"], "invalid choice: 'vgg'"),
         (["eval"], "checkpoint"),
     ],
@@ -126,8 +147,46 @@ def test_wrong_usage_is_one_line(argv: list[str], message: str, capsys: pytest.C
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Recipe)])
+def test_every_value_of_a_recipe_is_a_flag(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what it says reaches the training, as do a file's values that it leaves alone."""
+    values: dict[str, tuple[list[str], Any]] = {
+        "model": (["resnet18"], "resnet18"),
+        "model_args": (["num_classes=7", "name=x"], {"num_classes": 7, "name": "x"}),
+        "data": (["cifar10"], "cifar10"),
+        "data_dir": (["here"], "here"),
+        "normalise": (["pixel"], "pixel"),
+        "mean": (["0.25"], (0.25,)),
+        "std": (["0.25"], (0.25,)),
+        "scale": (["300", "400"], (300, 400)),
+        "milestones": (["3", "4"], (3, 4)),
+        "schedule": (["plateau"], "plateau"),
+        "fuse": (["off"], "off"),
+        "precision": (["bf16"], "bf16"),
+        **{flag: ([], True) for flag in ("flip", "channels_last", "compile", "tensorboard")},
+        **{number: (["0.125"], 0.125) for number in ("lr", "momentum", "gamma", "weight_decay", "warmup_lr", "colour")},
+    }
+    given, expected = values.get(name, (["3"], 3))
+    if name == "sync_bn":
+        given, expected = [], False
+    flag = "--" + ("no-" if name == "sync_bn" else "") + name.replace("_", "-")
+    file = tmp_path / "own.toml"
+    file.write_text('data = "mnist"\nmodel_args = {}\npatience = 9\n')
+    seen = []
+
+    def remember(own: Recipe, *_: Any) -> Run:
+        seen.append(own)
+        return Run(own, tmp_path)
+
+    monkeypatch.setattr(apps, "train", remember)
+    assert main(["train", str(file), flag, *given]) == 0
+    assert getattr(seen[0], name) == expected
+    assert seen[0].patience == (3 if name == "patience" else 9)
+
+
 def test_ctrl_c_exits_130_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "resnet_fused", "train", "--epochs", "1000", "--out", str(tmp_path)]
+    small = ["--data", "mnist", "--data-dir", str(write_mnist(tmp_path / "mnist")), "--batch-size", "8"]
+    command = [sys.executable, "-m", "resnet_fused", "train", "--epochs", "100000", *small, "--out", str(tmp_path)]
     root = Path(__file__).parent.parent
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, env=ONE_THREAD,
@@ -142,12 +201,14 @@ def test_ctrl_c_exits_130_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "interrupted: best accuracy" in out
     assert "Traceback" not in error
-    assert evaluate.load_checkpoint(best)[1]["model"] == "mnist_resnet"
+    assert checkpoint.load(best)[1]["model"] == "mnist_resnet"
+    state, _ = checkpoint.read_state(tmp_path)
+    assert f"--resume goes on at iteration {state['iteration'] + 1}" in out
     assert (tmp_path / "accuracy.png").exists()
 
 
-def test_eval_of_an_untrained_network(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(checkpoint)]) == 0
+def test_eval_of_an_untrained_network(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(untrained)]) == 0
     assert "mnist_resnet, epoch 0: " in capsys.readouterr().out
 
 
@@ -168,7 +229,8 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_photo_model", photo_model)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(measure, "peak_memory", lambda *_: measure.PeakMemory(2, 1))
-    monkeypatch.setattr(demo, "RECIPES", {"mnist": dataclasses.replace(demo.RECIPES["mnist"], epochs=1)})
+    short = dataclasses.replace(demo.read_recipe("mnist"), epochs=1)
+    monkeypatch.setattr(demo, "read_recipe", lambda _: short)
 
 
 @pytest.mark.usefixtures("small_demo")
