@@ -63,3 +63,22 @@ def forced(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+_fuses = True
+
+
+def fuses() -> bool:
+    """Whether fused blocks run fused."""
+    return _fuses
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within it every fused block, unit and stem, of every thread, runs as the plain PyTorch that it stands for."""
+    global _fuses
+    before, _fuses = _fuses, False
+    try:
+        yield
+    finally:
+        _fuses = before

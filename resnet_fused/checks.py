@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import backend
 from .ops.layout import Padded, acc_dtype
 
 if TYPE_CHECKING:
@@ -24,20 +24,6 @@ def check_memory(memory: str) -> None:
         raise ValueError(f'memory is {memory!r}, expected "lean" or "fast"')
 
 
-_fusion = True
-
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Within it every fused block, unit and stem, of every thread, runs as the plain PyTorch that it stands for."""
-    global _fusion
-    before, _fusion = _fusion, False
-    try:
-        yield
-    finally:
-        _fusion = before
-
-
 def fallback_reason(x: Tensor, has_norm: bool = True, shared: bool = False) -> str | None:
     """Why eager PyTorch, which takes these arguments, must run them; None if the fused ops can.
 
@@ -45,12 +31,12 @@ def fallback_reason(x: Tensor, has_norm: bool = True, shared: bool = False) -> s
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a Tensor")
-    if not _fusion:
-        return "fusion is switched off"
     if x.dim() == 4 and x.numel() == 0 and not shared:
         return "empty input"
     if x.dim() == 3 and not has_norm:
         return "no batch dimension"  # which a convolution takes and a batch norm does not
+    if not backend.fuses():
+        return "fusion is switched off"
     if x.dtype.is_complex:
         return f"{x.dtype} has no kernel"
     if x.device.type not in ("cpu", "cuda", "meta"):  # of meta tensors the ops give the shapes

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import models
-from .checks import unfused
+from .backend import unfused
 from .data import require
 
 COLUMNS = ("network", "input", "parameters, M", "multiply-adds, M", "of VGG-19's")

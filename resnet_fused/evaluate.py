@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import unfused
+from .backend import unfused
 from .data import Images, require
 from .data.loading import batches, in_batches
 from .data.views import HeldOutView
