@@ -48,11 +48,14 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, averaging its gradients over the processes."""
+    def wrap(self, model: nn.Module, sync_bn: bool) -> nn.Module:
+        """`model`, averaging its gradients over the processes, and with `sync_bn` its batch statistics too."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        replica = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        if sync_bn:  # behind it: on a CPU it refuses them in what it is given, as they do not run there unless fused
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return replica
 
     @staticmethod
     def without_averaging(model: nn.Module) -> AbstractContextManager:

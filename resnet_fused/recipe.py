@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import math
 import sys
 from collections.abc import Mapping
@@ -235,12 +234,8 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
     """
     if recipe.model not in models.MODELS:
         return models.create(recipe.model)  # which says what there is
-    arguments = dict(recipe.model_args)
-    taken = inspect.signature(models.MODELS[recipe.model]).parameters.values()
-    if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in taken):
-        arguments.setdefault("num_classes", classes)
     try:
-        model = models.create(recipe.model, **arguments)
+        model = _create(recipe, classes)
     except TypeError as error:
         raise RecipeError(f"model_args of {recipe.model}: {error}") from error
     if recipe.fuse != "off":
@@ -248,3 +243,12 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
             if hasattr(module, "memory"):
                 module.memory = recipe.fuse  # type: ignore[assignment]
     return model.double() if recipe.precision == "fp64" else model
+
+
+def _create(recipe: Recipe, classes: int) -> nn.Module:
+    try:
+        return models.create(recipe.model, **{"num_classes": classes, **recipe.model_args})
+    except TypeError as error:
+        if "num_classes" not in str(error) or "num_classes" in recipe.model_args:
+            raise
+        return models.create(recipe.model, **recipe.model_args)

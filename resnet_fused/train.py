@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, evaluate
 from .console import make_console
@@ -157,8 +157,6 @@ class Trainer:
         check_fit(self.model, recipe, HeldOutView(self.test_set, self.pixels, recipe.size), len(self.classes))
         if recipe.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        if processes.size > 1 and recipe.sync_bn:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if processes.rank:  # each with its own draws, but the first as if it were alone
             torch.manual_seed(stream(recipe.seed, processes.rank).initial_seed())
         self.optimizer = torch.optim.SGD(
@@ -169,7 +167,7 @@ class Trainer:
         self.sums = {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0}  # over the epoch's iterations so far
         if trained:
             self._restore(state, trained)
-        self.replica = processes.wrap(self.model)
+        self.replica = processes.wrap(self.model, recipe.sync_bn)
         self.forward = torch.compile(self.replica) if recipe.compile else self.replica
         self._measured: list[tuple[Tensor, float]] = []  # ([loss, hits], rate) of iterations not looked at yet
         self._session = time.perf_counter() - self.run_.seconds
