@@ -313,6 +313,20 @@ def test_two_processes_train_as_one(mnist: Path, tmp_path: Path) -> None:
     assert len(state["generators"]) == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.slow
+def test_two_processes_share_their_batch_statistics(mnist: Path, tmp_path: Path) -> None:
+    """A network with batch norms trains in two processes as in one, too."""
+    pytest.importorskip("resnet_fused.ops.sync", reason="a CPU has no SyncBatchNorm of its own")
+    argv = f"--data mnist --data-dir {mnist} --model resnet18 --channels 3 --precision fp64 --iterations 3".split()
+    done = torchrun(2, "mnist", *argv, "--batch-size", "8", "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    own = Recipe(data="mnist", data_dir=str(mnist), model="resnet18", channels=3, precision="fp64")
+    train(dataclasses.replace(own, iterations=3, batch_size=8), tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
+    assert apart(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
+
+
 def test_a_batch_is_shared_evenly(mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "joined", lambda device: _three(device))
     with pytest.raises(ValueError, match=r"batch_size is 8, expected a multiple of 3 \(accumulate, processes\)"):
