@@ -179,6 +179,11 @@ def _write_scores(folder: Path, own: Recipe, view: HeldOutView, score: evaluate.
 # ---------------------------------------------------------------- analyse
 
 
+def analyse_command(args: argparse.Namespace) -> int:
+    """What networks show: responses, degradation with depth, fused against eager curves, parameters and cost."""
+    raise NotImplementedError("each of them has a command of its own")
+
+
 def responses_command(args: argparse.Namespace) -> int:
     """The standard deviation of each layer's response after its batch norm, of trained networks."""
     found: dict[str, dict[str, float]] = {}
@@ -279,9 +284,7 @@ def add_commands(command: Callable[[str, Callable], argparse.ArgumentParser]) ->
     sub.add_argument("--out", type=Path, help="folder for a JSON of the results and a picture of the confusion")
     _add_data_flags(sub)
 
-    analyse = command("analyse", lambda args: 2)
-    analyse.description = "What trained networks show."
-    kinds = analyse.add_subparsers(dest="what", required=True, metavar="WHAT")
+    kinds = command("analyse", analyse_command).add_subparsers(dest="what", required=True, metavar="WHAT")
 
     def kind(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         own = kinds.add_parser(name, help=run.__doc__, description=run.__doc__)
