@@ -14,7 +14,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -nam
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo test lint format bench gpu-check wheel sdist ptx docs clean
+.PHONY: help setup demo test lint format bench bench-full gpu-check wheel sdist ptx docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -50,8 +50,11 @@ format: $(VENV)/.installed  ## rewrites the sources as `make lint` wants them
 	ruff format .
 	clang-format -i $(CSRC)
 
-bench: $(EXT)  ## the benchmarks
-	$(PY) -m pytest benchmarks -m "not slow" --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+bench: $(EXT)  ## the benchmarks, a short set: one table and results/<machine>-<version>.json
+	$(PY) -m benchmarks
+
+bench-full: $(EXT)  ## all of them: every op, shape and dtype
+	$(PY) -m benchmarks --full
 
 gpu-check: $(EXT)  ## everything that only a GPU can show, in ten minutes: results/gpu-check-<gpu>.json
 	$(PY) -m benchmarks.gpu_check

@@ -1,39 +1,49 @@
-"""ResNet-18 and ResNet-50 at 224: training step and inference; eager, torch.compile, ours."""
+"""ResNet-18 and ResNet-50 at 224: training step and inference; eager, torch.compile, ours, and inference engines."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from benchmarks.variants import DTYPES, INFERENCE_VARIANTS, VARIANTS, build, photos_like
+from benchmarks.suite import DEVICE, ON_GPU, TYPES, Build, Case, suite
+from benchmarks.variants import DTYPES, INFERENCE_VARIANTS, VARIANTS, build_inference, build_step, photos_like
 from resnet_fused.data import require
+
+SIZE = 224
+RUNS = (  # the first of each work is in the short set
+    ("resnet18", 4, "train"), ("resnet50", 4, "inference"),
+    ("resnet18", 4, "inference"), ("resnet50", 4, "train"), ("resnet50", 1, "inference"),
+    ("resnet50", 16, "train"), ("resnet50", 16, "inference"),
+)  # fmt: skip
+if ON_GPU:
+    RUNS = tuple((name, batch, work) for name in ("resnet50", "resnet18") for work in ("train", "inference")
+                 for batch in ((128, 256) if work == "train" else (128, 1)))  # fmt: skip
+
+
+def _make(name: str, batch: int, work: str, dtype: str) -> Build:
+    torch.manual_seed(0)
+    model = getattr(require("torchvision.models", "the benchmark"), name)()
+    x = photos_like(batch, SIZE, DEVICE)
+    if work == "train":
+        return lambda variant: build_step(model, variant, DTYPES[dtype], x).parts
+    return lambda variant: [build_inference(model, variant, DTYPES[dtype], x)]
 
 
 def _cases():
-    for name, batch, work in (
-        ("resnet18", 4, "train"),
-        ("resnet18", 4, "inference"),
-        ("resnet50", 4, "inference"),
-        ("resnet50", 4, "train"),
-        ("resnet50", 16, "train"),
-        ("resnet50", 16, "inference"),
-        ("resnet50", 1, "inference"),
-    ):
-        for dtype in DTYPES:
-            quick = batch == 4 and dtype == "fp32"
-            marks = [] if quick else [pytest.mark.slow]
-            for variant in VARIANTS if work == "train" else INFERENCE_VARIANTS:
-                case = f"{name}-b{batch}-{work}-{dtype}-{variant}"
-                yield pytest.param(name, batch, work, dtype, variant, id=case, marks=marks)
+    for i, (name, batch, work) in enumerate(RUNS):
+        train = work == "train"
+        for dtype in TYPES:
+            yield Case(
+                f"{name}-b{batch}", dtype, ("forward", "backward") if train else ("inference",),
+                VARIANTS if train else INFERENCE_VARIANTS,
+                lambda name=name, batch=batch, work=work, dtype=dtype: _make(name, batch, work, dtype),
+                quick=i < 2 and dtype == TYPES[0], batch=batch, size=batch * 3 * SIZE**2, counts=train,
+                about={"op": "network", "model": name}, rounds=7, seconds=15.0, warmups=2,
+            )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "batch", "work", "dtype", "variant"), _cases())
-def test_network(timed, name: str, batch: int, work: str, dtype: str, variant: str):
-    models = require("torchvision.models", "the benchmark")
-    torch.manual_seed(0)
-    model = getattr(models, name)()
-    timed(
-        build(model, variant, work, DTYPES[dtype], photos_like(batch, 224)),
-        f"{name} b{batch} {work} {dtype}",
-        3,
-    )
+CASES = list(_cases())
+
+
+@suite(CASES)
+def test_network(timed):
+    timed()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -36,7 +35,8 @@ from typing import Any
 
 import torch
 
-from resnet_fused import __version__, kernels, plans
+from benchmarks.machine import RESULTS, machine, slug, versions
+from resnet_fused import kernels, plans
 from resnet_fused._toolchain import find_cuda_home
 from resnet_fused.console import make_console, make_table
 
@@ -207,33 +207,6 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
 
 
-def machine() -> Result:
-    found: Result = {"host": platform.machine(), "cpus": os.cpu_count(), "gpu": None}
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "gpus": torch.cuda.device_count(),
-            "multiprocessors": gpu.multi_processor_count, "memory": gpu.total_memory, "l2": gpu.L2_cache_size,
-            # What the memory can move: two transfers a cycle of a clock in kHz.
-            "peak_gbs": 2 * getattr(gpu, "memory_clock_rate", 0) * getattr(gpu, "memory_bus_width", 0) / 8 / 1e6,
-        }  # fmt: skip
-    return found
-
-
-def versions() -> Result:
-    driver = shutil.which("nvidia-smi")
-    query = [driver, "--query-gpu=driver_version", "--format=csv,noheader"] if driver else []
-    version = subprocess.run(query, capture_output=True, text=True).stdout.split() if driver else []
-    return {
-        "resnet_fused": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": version[0] if version else None,
-    }  # fmt: skip
-
-
-def slug(gpu: str | None) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", (gpu or "no gpu").lower()).strip("-")
-
-
 # -------------------------------------------------------------------------------------------------------- report
 
 
@@ -295,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, help="of the measurements (default: 128, or 32 with less than 40 GB)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     began = time.monotonic()
     about, reason = machine(), obstacle()

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 import resnet_fused as rf
 from benchmarks.shapes import BLOCKS, BlockShape
+from benchmarks.variants import Step
 from resnet_fused import kernels, plans
 from resnet_fused.problems import capturing
 from resnet_fused.recorder import recording
@@ -58,35 +58,6 @@ class Log:
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-
-
-class Step:
-    """Forward and backward of one block, as two calls."""
-
-    def __init__(self, block: nn.Module, x: Tensor, compiled: bool = False) -> None:
-        self.block, self.x = block, x
-        self._run = torch.compile(block) if compiled else block
-        self._leaves = [x, *block.parameters()]
-        self._y: Tensor | None = None
-        self._dy: Tensor | None = None
-
-    def forward(self) -> None:
-        self._y = None  # the one before is freed first, as in training
-        self._y = self._run(self.x)
-
-    def backward(self) -> None:
-        assert self._y is not None
-        if self._dy is None:
-            self._dy = torch.randn_like(self._y)
-        torch.autograd.grad(self._y, self._leaves, self._dy)
-
-    @property
-    def parts(self) -> tuple[Part, Part]:
-        return self.forward, self.backward
-
-    def run(self) -> None:
-        self.forward()
-        self.backward()
 
 
 def make_step(shape: BlockShape, variant: str, batch: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Step:

@@ -81,15 +81,19 @@ class HostTimer:
         return Times(times, True)
 
 
-def interleaved(
-    calls: Mapping[str, Sequence[Part]], timer: Callable[[Sequence[Part]], Times], rounds: int, budget: Budget
-) -> dict[str, tuple[list[float], int, bool]]:
-    """By name: the median of each part, how many rounds that is of, and whether the host was always ahead.
+def rounds_of(
+    calls: Mapping[str, Sequence[Part]],
+    timer: Callable[[Sequence[Part]], Times],
+    rounds: int,
+    budget: Budget,
+    warmups: int = 3,
+) -> dict[str, list[Times]]:
+    """By name: the times of each round.
 
     The calls take turns, every other round backwards; at least one round, and no other when the budget is used up.
     """
     for parts in calls.values():  # warm up: compile, choose algorithms, fill the allocator
-        for _ in range(3):
+        for _ in range(warmups):
             timer(parts)
     seen: dict[str, list[Times]] = {name: [] for name in calls}
     order = list(calls)
@@ -99,11 +103,21 @@ def interleaved(
         for name in order:
             seen[name].append(timer(calls[name]))
         order.reverse()
+    return seen
+
+
+def interleaved(
+    calls: Mapping[str, Sequence[Part]], timer: Callable[[Sequence[Part]], Times], rounds: int, budget: Budget
+) -> dict[str, tuple[list[float], int, bool]]:
+    """By name: the median of each part, how many rounds that is of, and whether the host was always ahead.
+
+    Rounds are those of `rounds_of`.
+    """
     return {
         name: (
             [median(part) for part in zip(*(t.milliseconds for t in times), strict=True)],
             len(times),
             all(t.ahead for t in times),
         )
-        for name, times in seen.items()
+        for name, times in rounds_of(calls, timer, rounds, budget).items()
     }

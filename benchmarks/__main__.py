@@ -1,0 +1,52 @@
+"""`make bench` and `make bench-full`: runs the suites, prints one table and writes results/<machine>-<version>.json.
+
+    python -m benchmarks [--full] [-k EXPRESSION] [--device cpu|cuda] [--out FOLDER]
+
+The short set is one shape of each op, two blocks and two networks, in one dtype. Exit status: pytest's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import machine
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="every shape and dtype: hours on a CPU")
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="which tests, as pytest takes it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument(
+        "--out", type=Path, default=machine.RESULTS, help="folder of the results (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "benchmarks: error: --device cuda, but there is no GPU here\n")
+    os.environ["RESNET_FUSED_BENCH_DEVICE"] = device
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = machine.result_path(device, args.out)
+    chosen = ["-k", args.k] if args.k else []
+    status = pytest.main([
+        str(Path(__file__).parent), *chosen, "-m", "" if args.full else "not slow", "-q", "-rs", "--no-header",
+        "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={path}",
+    ])  # fmt: skip
+    if path.exists() and not path.stat().st_size:
+        path.unlink()  # opened before the first test, and nothing was measured
+    elif status == 0:
+        print(f"written: {path}")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
