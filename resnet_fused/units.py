@@ -81,12 +81,12 @@ class _Tracer(TorchDispatchMode):
             self._add(self._planned(func, args, given, out), given, out)
         elif name == "convolution":
             out = out.contiguous(memory_format=torch.channels_last)  # which the meta device forgets
-            self._add(_aten("fprop", given["input"], given["weight"], out), given, out)
+            self._add(aten_launch("fprop", given["input"], given["weight"], out), given, out)
         elif name == "convolution_backward":
-            self._last = self._names[_storage(given["weight"])]
+            self._last = self._names.get(_storage(given["weight"]), self._last)  # a Gram matrix's has no name
             for kind, wanted in zip(("dgrad", "wgrad"), given["output_mask"], strict=False):
                 if wanted:
-                    launch = _aten(kind, given["input"], given["weight"], given["grad_output"])
+                    launch = aten_launch(kind, given["input"], given["weight"], given["grad_output"])
                     self.found.append((self._last, self.backward, launch))
         else:
             self.small += not func.is_view and not name.startswith(("empty", "new_empty", "detach"))
@@ -164,7 +164,7 @@ def _problem(op: str, given: dict[str, Any], tensors: dict[str, Tensor]) -> dict
     return {name: value for name, value in every.items() if name in fields}
 
 
-def _aten(kind: str, x: Tensor, weight: Tensor, out: Tensor) -> Launch:
+def aten_launch(kind: str, x: Tensor, weight: Tensor, out: Tensor) -> Launch:
     """A convolution of ATen's: each of its three tensors is read or written once."""
     (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
     sizes = [t.numel() * t.element_size() for t in (x, weight, out)]
@@ -230,25 +230,26 @@ class Trace:
 
 def trace(
     name: str, batch: int, size: int = 224, memory: Memory = "lean", dtype: torch.dtype = torch.bfloat16,
-    arch: int = 80, device: torch.device | None = None,
+    arch: int = 80, device: torch.device | None = None, training: bool = True,
 ) -> Trace:  # fmt: skip
-    """A training step of torchvision's ResNet `name`, fused, as on a GPU of compute capability `arch` / 10; `device`:
-    whose measurements are shown where there are any."""
-    model = create(name, dtype, memory)
+    """A training step of torchvision's ResNet `name`, fused, as on a GPU of compute capability `arch` / 10, or without
+    `training` an inference by given statistics; `device`: whose measurements are shown where there are any."""
+    model = create(name, dtype, memory).train(training)
     convs = {key: m for key, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     tracer = _Tracer({_storage(m.weight): key for key, m in convs.items()}, arch)
     x = images(batch, size, dtype)
     graphs: list[Tensor] = []  # they keep raw outputs alive: no storage comes twice
-    with as_on_a_gpu(), torch.autograd.set_multithreading_enabled(False):
+    with as_on_a_gpu(), torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(training):
         for stage in stages_of(model):
             with tracer:
                 tracer.backward = False
                 y = stage(x)
                 tracer.backward = True
                 inputs = [*([x] if graphs else []), *model.parameters()]
-                torch.autograd.grad(y, inputs, torch.empty_like(y), True, allow_unused=True)
+                if training:
+                    torch.autograd.grad(y, inputs, torch.empty_like(y), True, allow_unused=True)
             graphs.append(y)
-            x = y.detach().requires_grad_()
+            x = y.detach().requires_grad_(training)
     order = {key: i for i, key in enumerate(convs)}
     found = sorted(tracer.found, key=lambda entry: (order[entry[0]], entry[1]))
     shapes = {unit: _shape(convs[unit], launch.problem) for unit, _, launch in reversed(found) if "H" in launch.problem}
