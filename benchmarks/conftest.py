@@ -9,22 +9,27 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.suite import DEVICE, Measurement, replayed, roof
+from benchmarks.suite import DEVICE, Case, Measurement, replayed, roof
 from benchmarks.table import Row, print_table
 from benchmarks.variants import UnavailableError
 
 ROWS = pytest.StashKey[list[Row]]()
+MEASUREMENTS = pytest.StashKey[dict[Case, Measurement]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[MEASUREMENTS] = {}
 
 
-@pytest.fixture(scope="module")
-def measurement(request: pytest.FixtureRequest) -> Measurement:
-    """Of a case: the variants that were selected."""
-    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    return Measurement(request.param, [p["variant"] for p in calls if p.get("measurement") is request.param])
+@pytest.fixture
+def measurement(request: pytest.FixtureRequest, case: Case) -> Measurement:
+    """Of a case: one for all its tests, of the variants that were selected."""
+    known = request.config.stash[MEASUREMENTS]
+    if case not in known:
+        calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+        known[case] = Measurement(case, [p["variant"] for p in calls if p.get("case") is case])
+    return known[case]
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def roof(device: str, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
     bandwidth = 2 * x.nbytes / _quickest(lambda: y.copy_(x), device)
     peak = {}
     for name, dtype in dtypes.items():
-        side = 8192 if device == "cuda" else 2048
+        side = 8192 if device == "cuda" else 1024
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         peak[name] = 2 * side**3 / _quickest(lambda a=a, b=b: a @ b, device)
     return {"kind": "measured", "bandwidth": bandwidth, "peak": peak}

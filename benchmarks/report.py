@@ -4,7 +4,7 @@
 
 For each file, beside it or in FOLDER, under its machine and version:
 
-    <name>.md             tables: times and ratios (measured), bytes by stage (counted), the same for torch.compile (modelled)
+    <name>.md             tables: times and ratios (measured), bytes by stage (counted; torch.compile's modelled)
     <name>-speed.png      how many times faster than eager the blocks of each stage are: measured
     <name>-traffic.png    what a training step moves through memory, by stage: counted; torch.compile's is modelled
     <name>-saved.png      what it keeps for backward: counted; torch.compile's is modelled
@@ -94,8 +94,9 @@ def markdown(results: Results, comparison: Comparison, of: str) -> Iterator[str]
     about = results.about
     yield f"# {results.title}"
     yield ""
-    yield f"Measured with {about['threads']} threads, {about['malloc']}, {about['device']}: medians of interleaved rounds; ratios"
-    yield "are how many times faster than eager, the median (lowest to highest) of the rounds. Of the roof: modelled."
+    setting = f"{about['threads']} threads, {about['malloc']}"
+    yield f"Measured on {about['device']}, {setting}: medians of interleaved rounds."
+    yield "Ratios: how many times faster than eager, the median (lowest to highest) of rounds. The roof is modelled."
     yield ""
     yield from _table(*cells(results.rows))
     for title, columns, rows in comparison.tables():
@@ -187,9 +188,8 @@ def plot_roofline(results: Results, path: Path) -> bool:
     for dtype, peak in roof["peak"].items():
         ridge = peak / roof["bandwidth"]
         steps = [0.0, *(ridge * (1 + most / ridge) ** (i / 50) for i in range(51))]
-        axes.plot(
-            steps, [min(roof["bandwidth"], peak / s) if s else roof["bandwidth"] for s in steps], label=f"roof {dtype}"
-        )
+        heights = [min(roof["bandwidth"], peak / s) if s else roof["bandwidth"] for s in steps]
+        axes.plot(steps, heights, label=f"roof {dtype} ({roof['kind']})")
     markers = "osv^<>DPX*hdp8"
     for i, (label, own) in enumerate(found.items()):
         axes.scatter(*zip(*own, strict=True), s=24, marker=markers[i % len(markers)], label=label)
@@ -241,6 +241,13 @@ def write(results: Results, comparison: Comparison, of: str, folder: Path) -> li
     return [path for end, path in paths.items() if end not in missing]
 
 
+def _read(path: Path) -> Results | ResultError:
+    try:
+        return Results.read(path)
+    except ResultError as error:
+        return error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,19 +257,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, metavar="MODEL", default="resnet50", help="whose bytes are counted")
     parser.add_argument("--batch", type=int, default=256)
     args = parser.parse_args(argv)
-    status, read = 0, []
-    for path in args.files:
-        try:
-            read.append((path, Results.read(path)))
-        except ResultError as error:
-            print(f"report: {error}", file=sys.stderr)
-            status |= not isinstance(error, OtherFileError)
+    found = [(path, _read(path)) for path in args.files]
+    for error in (own for _, own in found if isinstance(own, ResultError)):
+        print(f"report: {error}", file=sys.stderr)
+    read = [(path, own) for path, own in found if isinstance(own, Results)]
     if read:
         comparison = Comparison.of(args.model, args.batch)
         for path, results in read:
             of = f"{args.model}, batch {args.batch}, bf16, as on a GPU"
             print(*write(results, comparison, of, args.out or path.parent), sep="\n")
-    return int(status)
+    return int(any(type(own) is ResultError for _, own in found))
 
 
 if __name__ == "__main__":

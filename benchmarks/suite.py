@@ -36,6 +36,7 @@ DEVICE = os.environ.get("RESNET_FUSED_BENCH_DEVICE") or ("cuda" if torch.cuda.is
 ON_GPU = DEVICE == "cuda"
 TYPES = ("bf16", "fp16", "fp32") if ON_GPU else ("fp32", "bf16")  # the first is that of the short set
 BATCH = 128 if ON_GPU else 8
+LEAST_ROUNDS = 3
 OURS = ("lean", "ours")  # variants by which bytes are counted
 Build = Callable[[str], Sequence[Part]]  # of a variant, by name: its parts. Raises UnavailableError.
 
@@ -55,7 +56,7 @@ class Case:
     counts: bool = True  # whether bytes and FLOPs can be counted
     about: dict[str, Any] = field(default_factory=dict)
     rounds: int = 30
-    seconds: float = 2.0  # after which no other round begins
+    seconds: float = 2.0  # after which no other round begins, but for LEAST_ROUNDS
     warmups: int = 3
 
     @property
@@ -109,7 +110,7 @@ class Measurement:
         missing = {variant: found for variant, found in built.items() if isinstance(found, str)}
         parts = {variant: found for variant, found in built.items() if not isinstance(found, str)}
         timer = CudaTimer() if ON_GPU else HostTimer()
-        times = rounds_of(parts, timer, case.rounds, Budget(case.seconds), case.warmups)
+        times = rounds_of(parts, timer, case.rounds, Budget(case.seconds), case.warmups, LEAST_ROUNDS)
         if case.counts:
             about["counts"] = _counts(parts)
         if ON_GPU:
@@ -214,7 +215,7 @@ def suite(cases: Sequence[Case]) -> Callable[[Callable], Callable]:
     ]
 
     def decorate(test: Callable) -> Callable:
-        test = pytest.mark.parametrize(("measurement", "work", "variant"), values, indirect=["measurement"])(test)
+        test = pytest.mark.parametrize(("case", "work", "variant"), values)(test)
         return pytest.mark.benchmark(timer=clock)(test)
 
     return decorate

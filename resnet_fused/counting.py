@@ -59,7 +59,6 @@ _READ_NOTHING = ("new_full", "new_zeros", "new_ones", "full_like", "zeros_like",
 _MOVE_NOTHING = ("empty", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "_reshape_alias")
 # How often an op goes over an argument, by its number, where that is not once.
 _READS = {
-    "native_batch_norm": {0: 2},
     "native_batch_norm_backward": {0: 2, 1: 2},
     "max_pool2d_with_indices_backward": {1: 0},
 }
@@ -75,6 +74,8 @@ def _reads(op: str, args: Any) -> dict[int, int]:
     if op == "convolution_backward":
         need_dx, need_dw, _ = args[-1]
         return {0: int(need_dx) + int(need_dw), 1: int(need_dw), 2: int(need_dx)}
+    if op == "native_batch_norm":  # given statistics are not taken first
+        return {0: 1 + bool(args[5])}
     return _READS.get(op, {})
 
 

@@ -87,10 +87,11 @@ def rounds_of(
     rounds: int,
     budget: Budget,
     warmups: int = 3,
+    least: int = 1,
 ) -> dict[str, list[Times]]:
     """By name: the times of each round.
 
-    The calls take turns, every other round backwards; at least one round, and no other when the budget is used up.
+    The calls take turns, every other round backwards; at least `least` rounds, and no other when the budget is used up.
     """
     for parts in calls.values():  # warm up: compile, choose algorithms, fill the allocator
         for _ in range(warmups):
@@ -98,7 +99,7 @@ def rounds_of(
     seen: dict[str, list[Times]] = {name: [] for name in calls}
     order = list(calls)
     for round_ in range(rounds):
-        if round_ and budget.left <= 0:
+        if round_ >= least and budget.left <= 0:
             break
         for name in order:
             seen[name].append(timer(calls[name]))

@@ -36,6 +36,7 @@ Observed = dict[str, Tensor]
 _NONE = SimpleNamespace(params={})
 
 
+os.environ.setdefault("RESNET_FUSED_BENCH_DEVICE", "cpu")  # of benchmarks/suite.py, before it is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: threads of several would wait for each other. But on one thread and without AVX-512
     # oneDNN's wgrad of a strided 1x1 convolution with fewer than eight channels, eager's too, writes past its end.
