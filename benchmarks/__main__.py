@@ -2,7 +2,8 @@
 
     python -m benchmarks [--full] [-k EXPRESSION] [--device cpu|cuda] [--out FOLDER]
 
-The short set is one shape of each op, two blocks and two networks, in one dtype. Exit status: pytest's.
+The short set is, in one dtype, a shape of each op, training of two blocks, and a network's training and inference.
+Exit status: pytest's.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but there is no GPU here")
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     model = require("torchvision.models", "the benchmark").get_model(args.model)
     x = photos_like(args.batch, args.size, args.device)

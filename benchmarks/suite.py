@@ -34,6 +34,7 @@ from resnet_fused.timing import Budget, CudaTimer, HostTimer, Part, Times, round
 
 DEVICE = os.environ.get("RESNET_FUSED_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE == "cuda"
+torch.backends.cudnn.benchmark = True  # its quickest algorithm, for whoever asks it
 TYPES = ("bf16", "fp16", "fp32") if ON_GPU else ("fp32", "bf16")  # the first is that of the short set
 BATCH = 128 if ON_GPU else 8
 LEAST_ROUNDS = 3
