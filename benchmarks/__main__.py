@@ -37,15 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["RESNET_FUSED_BENCH_DEVICE"] = device
     args.out.mkdir(parents=True, exist_ok=True)
     path = machine.result_path(device, args.out)
+    partial = path.with_suffix(".partial")  # pytest-benchmark opens it before the first test
     chosen = ["-k", args.k] if args.k else []
     status = pytest.main([
         str(Path(__file__).parent), *chosen, "-m", "" if args.full else "not slow", "-q", "-rs", "--no-header",
-        "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={path}",
+        "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={partial}",
     ])  # fmt: skip
-    if path.exists() and not path.stat().st_size:
-        path.unlink()  # opened before the first test, and nothing was measured
-    elif status == 0:
+    if partial.exists() and partial.stat().st_size:
+        partial.replace(path)
         print(f"written: {path}")
+    else:
+        partial.unlink(missing_ok=True)
     return int(status)
 
 

@@ -24,11 +24,12 @@ class ConvStats:
         if not x.is_cuda:
             raise UnavailableError("cuDNN's graphs run on a GPU only")
         cudnn = installed("cudnn", "nvidia-cudnn-frontend")
-        graph, ends = unit_graph(cudnn, x, weight, vectors, conv)
         handle = cudnn.create_handle()
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        graph, ends = unit_graph(cudnn, x, weight, vectors, conv, handle)
         try:
-            graph.build_operation_graph(handle)
+            graph.validate()
+            graph.build_operation_graph()
             graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             graph.check_support()
             graph.build_plans()
@@ -39,9 +40,10 @@ class ConvStats:
         out = torch.empty(n, k, size, size, dtype=x.dtype, device=x.device).to(memory_format=torch.channels_last)
         sums = [torch.empty(1, k, 1, 1, device=x.device) for _ in range(2)]
 
-        def call(x: Tensor, weight: Tensor, vectors: Any, conv: ConvShape):
-            given = [x, *as_operands(x, vectors), weight, out, *sums]
-            graph.execute(dict(zip(ends, given, strict=True)), workspace, handle=handle)
+        given = dict(zip(ends, [x, *as_operands(x, vectors), weight, out, *sums], strict=True))
+
+        def call(*_: Any):
+            graph.execute(given, workspace, handle=handle)
             return out, *sums
 
         return call
@@ -52,12 +54,14 @@ def as_operands(x: Tensor, vectors: Any) -> list[Tensor]:
     return [] if vectors is None else [v.to(x.dtype).view(1, -1, 1, 1) for v in vectors[:2]]
 
 
-def unit_graph(cudnn: Any, x: Tensor, weight: Tensor, vectors: Any, conv: ConvShape) -> tuple[Any, list[Any]]:
+def unit_graph(
+    cudnn: Any, x: Tensor, weight: Tensor, vectors: Any, conv: ConvShape, handle: Any = None
+) -> tuple[Any, list[Any]]:
     """The graph, not yet built, and its tensors: x (scale, shift) weight, out, sum, sum of squares."""
     types = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}
     single = cudnn.data_type.FLOAT
     io = types.get(x.dtype, single)
-    graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=single, compute_data_type=single)
+    graph = cudnn.pygraph(handle=handle, io_data_type=io, intermediate_data_type=single, compute_data_type=single)
 
     def tensor(t: Tensor) -> Any:
         return graph.tensor(dim=list(t.shape), stride=list(t.stride()), data_type=io)
@@ -69,8 +73,9 @@ def unit_graph(cudnn: Any, x: Tensor, weight: Tensor, vectors: Any, conv: ConvSh
     stride, padding = [conv.stride] * 2, [conv.padding] * 2
     out = graph.conv_fprop(image=operand, weight=filters, padding=padding, stride=stride, dilation=[1, 1])
     sums = graph.genstats(input=out)
-    out.set_output(True).set_data_type(io)
+    size, k = conv.output.size, conv.filters
+    out.set_output(True).set_data_type(io).set_dim([len(x), k, size, size])
+    out.set_stride([k * size * size, 1, k * size, k])
     for s in sums:
-        s.set_output(True).set_data_type(single)
-    graph.validate()
+        s.set_output(True).set_data_type(single).set_dim([1, k, 1, 1]).set_stride([k, 1, k, k])
     return graph, [image, *affine, filters, out, *sums]

@@ -153,8 +153,8 @@ def test_cudnn_says_why_it_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("inner", [True, False])
-def test_cudnn_graph_is_valid(inner: bool) -> None:
-    """As far as its frontend can tell without a GPU."""
+def test_cudnn_graph(inner: bool) -> None:
+    """Its frontend takes the operations and their tensors; without a driver it checks no more."""
     torch.backends.cudnn.version()  # loads the library that it looks for
     cudnn = pytest.importorskip("cudnn")
     from benchmarks.cudnn_graph import unit_graph
@@ -262,6 +262,14 @@ def test_command_writes_one_table_and_json(tmp_path: Path) -> None:
     ]
     assert all(row.info["gbs"] > 0 and row.info["ratio"]["low"] > 0 for row in results.rows)
     assert results.about["roof"]["kind"] == "measured"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        module_of("__main__").main(["--device", "cuda"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "benchmarks: error: --device cuda, but there is no GPU here\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ report
