@@ -72,6 +72,7 @@ def convolved(
     a_rows = x + (pixel.to(tl.int64) * C)[:, None] + group * c
     b_rows = weight + ((group * k + tl.minimum(n, k - 1)) * (WINDOW.taps * c))[None, :]
     at, r, s = 0, 0, 0
+    # At least one step, as the compiler knows then: with a way around the loop ptxas serialises wgmma (C7515).
     for i in range(0, tl.maximum(tl.cdiv(c, BK) * WINDOW.taps, 1)):
         if WINDOW.taps == 1:
             at = i * BK
