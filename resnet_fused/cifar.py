@@ -16,14 +16,17 @@ WIDE = (64, 128, 256, 512)
 
 
 class CifarResNet(UnpooledStem):
-    """ResNet for small images [N, 3, H, W] (H, W = 32), returning logits [N, num_classes].
+    """ResNet for small images x: [N, 3, H, W] (H, W = 32), returning logits [N, num_classes] of x's dtype.
 
-    A 3x3 stem of `widths[0]` channels at stride 1 and no max pool; then stages layer1, layer2, ... of `layers` blocks
-    of these widths, each but the first halving the image; average pool and fc. Other arguments and module names as
-    `ResNet`'s. `options`: keywords of `BlockOptions`.
+    That is the parameters' dtype. A 3x3 stem of `widths[0]` channels at stride 1 and no max pool; then stages layer1,
+    layer2, ... of `layers` blocks of these widths, each but the first halving the image; average pool and fc.
+    Other arguments and module names are those of `resnet_fused.models.ResNet`, and further keywords those of
+    `BlockOptions`.
 
     Loads state dicts that call the projection `shortcut` and the classifier `linear`, as well as its own names.
-    Raises ValueError if `layers` and `widths` differ in length, and as `ResNet` does.
+    Raises ValueError if `layers` and `widths` differ in length or are empty, if `zero_init_residual` would make the
+    blocks zero, and for a placement "full_preact"; for x of other channels or dtype than conv1's ValueError, or where
+    the stem runs module by module PyTorch's RuntimeError.
     """
 
     def __init__(
@@ -113,23 +116,27 @@ def cifar_resnet1202(**kwargs) -> CifarResNet:
 
 
 def cifar_plain20(**kwargs) -> CifarResNet:
-    """`cifar_resnet(20)` without shortcuts; so are those below."""
+    """`cifar_resnet(20)` without shortcuts (0.27 M parameters)."""
     return cifar_resnet(20, shortcut="none", **kwargs)
 
 
 def cifar_plain32(**kwargs) -> CifarResNet:
+    """`cifar_resnet(32)` without shortcuts (0.46 M parameters)."""
     return cifar_resnet(32, shortcut="none", **kwargs)
 
 
 def cifar_plain44(**kwargs) -> CifarResNet:
+    """`cifar_resnet(44)` without shortcuts (0.66 M parameters)."""
     return cifar_resnet(44, shortcut="none", **kwargs)
 
 
 def cifar_plain56(**kwargs) -> CifarResNet:
+    """`cifar_resnet(56)` without shortcuts (0.85 M parameters)."""
     return cifar_resnet(56, shortcut="none", **kwargs)
 
 
 def cifar_plain110(**kwargs) -> CifarResNet:
+    """`cifar_resnet(110)` without shortcuts (1.7 M parameters)."""
     return cifar_resnet(110, shortcut="none", **kwargs)
 
 

@@ -12,7 +12,10 @@ from .ops.layout import autocast_type
 
 
 class MNISTBlock(BasicBlock):
-    """relu(x + conv5x5(relu(conv3x3(x)))), both convs biased, no norms: [N, C, H, W] -> the same shape."""
+    """relu(x + conv5x5(relu(conv3x3(x)))), both convs biased, no norms.
+
+    x: [N, channels, H, W] -> the same shape. Dtypes and errors are those of `resnet_fused.functional.residual_block`.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, norm_layer=nn.Identity)

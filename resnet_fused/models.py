@@ -45,8 +45,8 @@ class ResNet(FusedStem):
     """ResNet for images x: [N, 3, H, W], returning logits [N, num_classes] of x's dtype, which is the parameters'.
 
     Arguments as `torchvision.models.ResNet`; `block` is a class with torchvision's block signature
-    and an `expansion`. With batch norm (the default) `bn1`, `relu` and `maxpool` run in one pass. `options`: keywords
-    of `BlockOptions`, e.g. shortcut="A", stride_on="conv1", placement="relu_preact".
+    and an `expansion`. With batch norm (the default) `bn1`, `relu` and `maxpool` run in one pass. Further
+    keywords are those of `BlockOptions`, e.g. shortcut="A", stride_on="conv1", placement="relu_preact".
 
     Raises ValueError if `layers` has not four entries or `replace_stride_with_dilation` three, if `zero_init_residual`
     would make the blocks zero, and for a placement "full_preact", whose networks end in a norm: `PreActResNet`;
@@ -153,8 +153,8 @@ def plain34(**kwargs) -> ResNet:
 class MNISTResNet(nn.Module):
     """A small ResNet without norms for digits x: [N, 1, 28, 28] of the parameters' dtype, returning logits [N, 10].
 
-    Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32 x 5 x 5 = 800 features. `options`:
-    keywords of `BlockOptions` for its two blocks, e.g. gate=True.
+    Sizes: 28 -conv5-> 24 -pool-> 12 -block, conv3-> 10 -pool-> 5 -block-> 32 x 5 x 5 = 800 features. Its
+    keywords are those of `BlockOptions` for its two blocks, e.g. gate=True.
     Raises ValueError for an input of another shape.
     """
 

@@ -31,7 +31,7 @@ class PreActBlock(NotScripted, nn.Module):
     """conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut: modules bn1, conv1, bn2, conv2 (, bn3, conv3), relu.
 
     `downsample`, a convolution or None, takes relu(bn1(x)); a PaddedShortcut takes x. x: [N, inplanes, H, W]; returns
-    [N, K, P, Q] channels_last.
+    [N, K, P, Q] channels_last. Dtypes and errors are those of `resnet_fused.functional.preact_block`.
     A network's `first` block has no bn1: both its paths start from x, which the stem has normalised and activated.
     """
 

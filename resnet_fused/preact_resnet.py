@@ -44,10 +44,13 @@ class _PreActNetwork(FusedStem):
 
 
 class PreActResNet(_PreActNetwork):
-    """Pre-activation ResNet for [N, 3, H, W] images, returning logits [N, num_classes].
+    """Pre-activation ResNet for images x: [N, 3, H, W], returning logits [N, num_classes] of x's dtype.
 
+    That is the parameters' dtype.
     block: "basic" or "bottleneck"; layers: blocks of each of four stages. The stem is `ResNet`'s: 7x7 convolution,
-    norm, ReLU, max pool. `options`: keywords of `BlockOptions`; its errors.
+    norm, ReLU, max pool. norm_layer: makes a norm for so many channels, by default nn.BatchNorm2d. Further keywords
+    are those of `BlockOptions` but `placement`. Raises ValueError for `layers` of another length and as those do,
+    RuntimeError for x of other channels or dtype than conv1's.
     """
 
     def __init__(
@@ -68,9 +71,11 @@ class PreActResNet(_PreActNetwork):
 
 
 class CifarPreActResNet(UnpooledStem, _PreActNetwork):
-    """Pre-activation ResNet for small images [N, 3, H, W] (H, W = 32), returning logits [N, num_classes].
+    """Pre-activation ResNet for small images x: [N, 3, H, W] (H, W = 32), returning logits [N, num_classes].
 
-    As `PreActResNet`, with `CifarResNet`'s stem and three stages of `widths`.
+    `CifarResNet`'s stem, and a stage for each of `widths`, of so many of `layers` blocks. The other arguments are
+    those of `PreActResNet`, and so are dtypes and errors, but for x of other channels or dtype than conv1's: these
+    are `CifarResNet`'s.
     """
 
     def __init__(

@@ -193,6 +193,8 @@ class ResidualBlock(nn.Module):
         bn_after_add      relu(bn(F(x) + shortcut)), F without its last norm
         relu_before_add   relu(F(x)) + shortcut
         relu_preact       F(relu(x)) + shortcut; a projection takes relu(x), any other shortcut x
+
+    x: [N, C, H, W] -> [N, K, P, Q].
     """
 
     expansion: int

@@ -17,9 +17,9 @@ import pytest
 from torch import nn
 
 import resnet_fused
-from resnet_fused import functional, models, reference
+from resnet_fused import blocks, functional, models, reference
 
-MODULES = (resnet_fused, functional, models, reference)
+MODULES = (resnet_fused, blocks, functional, models, reference)
 # "x: ...", "gamma, beta: ..." at the beginning of a line or sentence
 _DOCUMENTED = re.compile(r"(?:^|[.;] )((?:`?[a-z]\w*`?, )*`?[a-z]\w*`?): ", re.MULTILINE)
 _AS_ELSEWHERE = re.compile(r"(?:[Aa]rguments|[Kk]eywords|fields)[^.`]*`([\w.]+)`")

@@ -22,8 +22,8 @@ CONNECTIONS = ("add", "concat", "bottleneck")
 class Join(NotScripted, nn.Module):
     """Two activations added, or concatenated along the channels: one pass, which reads both and writes the result.
 
-    a: [N, C, H, W], b: [N, K, H, W] -> the same shape (K = C), or with `concat` [N, C + K, H, W]. Raises ValueError for
-    other shapes.
+    a: [N, C, H, W], b: [N, K, H, W] -> the same shape (K = C), or with `concat` [N, C + K, H, W]. Dtypes are promoted
+    as eager PyTorch does. Raises ValueError for other shapes.
     """
 
     def __init__(self, concat: bool = False) -> None:
@@ -77,7 +77,9 @@ def squeeze(channels: int, planes: int, convs: int = 1, norm: Any = nn.BatchNorm
 class BottleneckConnection(nn.Sequential):
     """[x | relu(F(x))], brought back to F's channels by 1x1 convolutions, each with its norm and a ReLU.
 
-    block: a ConcatBasicBlock or ConcatBottleneck. x: [N, C, H, W] -> [N, K, H, W] with K the channels that F has.
+    block: a ConcatBasicBlock or ConcatBottleneck. convs: how many, at least 1 (else ValueError). norm_layer: makes a
+    norm for so many channels. input: [N, C, H, W] -> [N, K, H, W] with K the channels that F has; dtypes and errors
+    are the block's.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class Connect(nn.Module):
 
     connection: "add" (the outputs have one shape), "concat" (along the channels; one N, H and W), or "bottleneck": the
     concatenation brought back to `channels`, by default those of block1's output, by `convs` 1x1 convolutions, each
-    with its norm and a ReLU. x: [N, C, H, W], as the blocks take it. Raises ValueError for another connection, for an
-    argument that it does not have, and for blocks whose output channels cannot be read off them with "bottleneck".
+    with its norm, made by norm_layer for so many channels, and a ReLU. x: [N, C, H, W], as block1 and block2 take it;
+    dtypes are theirs. Raises ValueError for another connection, for an argument that it does not have, for convs
+    below 1, for blocks whose output channels cannot be read off them with "bottleneck", and for outputs that do not
+    fit each other.
     """
 
     def __init__(
@@ -135,10 +139,11 @@ class Connect(nn.Module):
 
 
 class Shared(PreActSequential):
-    """One block applied `times` times: its weights' gradients add up.
+    """One `block` applied `times` times: its weights' gradients add up.
 
     With `separate_stats` each application has batch norm statistics of its own (weights and affine parameters stay
-    shared), as buffers of its own copy; without, one set is moved `times` times a step. The block takes what it gives.
+    shared), as buffers of its own copy; without, one set is moved `times` times a step.
+    x: [N, C, H, W] -> the same shape, for the block takes what it gives; dtypes and errors are the block's.
     Raises ValueError for `times` below 1.
     """
 

@@ -46,7 +46,8 @@ class FusedBlock(NotScripted, nn.Module):
     """Mixin in front of a composed block class: its forward is the fused form where that is the same thing.
 
     The composed class names its layers conv1, bn1, conv2, bn2 (, conv3, bn3), its activations relu or act1..3, and
-    its shortcut downsample (None, a Sequential(conv, norm), or any module).
+    its shortcut downsample (None, a Sequential(conv, norm), or any module). x: [N, C, H, W] -> [N, K, P, Q].
+    Dtypes, and the errors for other inputs, are those of `resnet_fused.functional.residual_block`.
     """
 
     memory: functional.Memory = "lean"
@@ -284,7 +285,10 @@ class ConvBNAct(NotScripted, nn.Module):
 
 
 def bn_relu_maxpool(x: Tensor, bn: BatchNorm, pool: Pool) -> Tensor:
-    """maxpool(relu(bn(x))) in one pass, the stem's tail: [N, C, H, W] -> [N, C, P, Q], the pooled size."""
+    """maxpool(relu(bn(x))) in one pass, the stem's tail: [N, C, H, W] -> [N, C, P, Q], the pooled size.
+
+    `pool`: kernel, stride and padding of a square one. Dtypes and errors are those of `BNReLUMaxPool`.
+    """
     return _with_norm(lambda *norm: StemTail.apply(to_nhwc(x), *norm, pool), bn, x, _pixels(x, bn))
 
 
@@ -292,7 +296,8 @@ def bn_relu(x: Tensor, bn: BatchNorm, stats: functional.Stats | None = None) -> 
     """relu(bn(x)) in one pass: [N, C, H, W] -> the same shape.
 
     `stats`: mean and biased variance of x, each [C] in the accumulation type, from whoever wrote x (this process's x,
-    also where bn's statistics are shared by several); without them a pass over x takes them.
+    also where bn's statistics are shared by several); without them a pass over x takes them. Dtypes and errors are
+    those of `BNReLU`.
     """
     group = Group.of(group_of(bn))
     reason = functional.fallback_reason(x, shared=group is not None)
@@ -320,7 +325,11 @@ def _pixels(x: Tensor, bn: BatchNorm) -> int:
 
 
 def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, pool: Pool) -> Tensor:
-    """maxpool(relu(bn(conv(x)))) on the matrix kernels: [N, C, H, W] -> [N, K, P, Q], the pooled size."""
+    """maxpool(relu(bn(conv(x)))) on the matrix kernels: [N, C, H, W] -> [N, K, P, Q], the pooled size.
+
+    x has a dtype of theirs, bfloat16 or float16. `pool`: as in `bn_relu_maxpool`. Whether they take all these is
+    `FusedStem.conv1_reason`'s to say.
+    """
     g = convbn_of(conv, bn).geometry
     weight = conv.weight.to(x.dtype)
     n, _, p, q = g.out_shape(x.shape, weight.shape)
@@ -374,7 +383,9 @@ class BNReLUMaxPool(NotScripted, nn.BatchNorm2d):
 class BNReLU(NotScripted, nn.Module):
     """relu(bn(x)) in one pass; holds `bn`, made by `norm_layer` for so many channels.
 
-    x: [N, C, H, W] -> the same shape. In a PreActSequential the block in front hands it the statistics of x.
+    x: [N, C, H, W] float32, bfloat16, float16 or float64 -> the same shape and dtype, channels_last. In a
+    PreActSequential the block in front hands it the statistics of x. Raises ValueError for x of another shape,
+    RuntimeError for another dtype.
     """
 
     def __init__(self, channels: int, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
@@ -417,6 +428,7 @@ class FusedStem(NotScripted, nn.Module):
 
     @property
     def act_name(self) -> str:
+        """What the network calls its first activation."""
         return "relu" if hasattr(self, "relu") else "act1"
 
     def stem_reason(self) -> str | None:
