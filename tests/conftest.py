@@ -45,12 +45,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what runs on a GPU: `make gpu-check` chooses by it."""
+    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow what a test marked `halved` can spare."""
+    halved: dict[Any, list[Any]] = {}
     for item in items:
         if isinstance(item, pytest.Function):
             values = [v for v in getattr(item, "callspec", _NONE).params.values() if isinstance(v, str)]
             if {"cuda", "triton-cuda"} & {*values}:
                 item.add_marker("cuda")
+            if item.get_closest_marker("halved") and "emulated" in values:
+                halved.setdefault(item.function, []).append(item)
+    for cases in halved.values():
+        for case in _spared(cases):
+            case.add_marker("slow")
+
+
+def _spared(cases: list[Any]) -> list[Any]:
+    """Every second of those that bring no value of a parameter that those before have not."""
+    seen: set[tuple[str, str]] = set()
+    others = []
+    for case in cases:
+        values = {(name, str(value)) for name, value in case.callspec.params.items()}
+        if values <= seen:
+            others.append(case)
+        seen |= values
+    return others[::2]
 
 
 @pytest.fixture(autouse=True)

@@ -157,6 +157,7 @@ def named(results: tuple[Tensor, ...]) -> Observed:
     return {str(i): t for i, t in enumerate(results)}
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
