@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TinyNet, tiny_recipe, write_mnist
+from tiny_runs import TinyNet, tiny_recipe, write_mnist
 from torch import Tensor, nn
 
 from resnet_fused import complexity, models

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import write_mnist
+from tiny_runs import write_mnist
 
 from resnet_fused import __version__, apps, checkpoint, demo, measure, models
 from resnet_fused.__main__ import main

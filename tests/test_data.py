@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import idx_bytes, striped, write_cifar, write_images, write_mnist
+from tiny_runs import idx_bytes, striped, write_cifar, write_images, write_mnist
 
 from resnet_fused import data
 from resnet_fused.data import DataError, ImageFolder, Images, Pixels, files, load

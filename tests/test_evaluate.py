@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TinyNet, tiny_recipe, write_images, write_mnist
+from tiny_runs import TinyNet, tiny_recipe, write_images, write_mnist
 from torch import Tensor, nn
 
 from resnet_fused import evaluate, models, plots

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TinyNet
+from tiny_runs import TinyNet
 
 from resnet_fused import models, recipe
 from resnet_fused.recipe import Recipe, RecipeError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TinyNet, tiny_recipe, write_mnist
+from tiny_runs import TinyNet, tiny_recipe, write_mnist
 from torch import Tensor
 
 from resnet_fused import checkpoint, models

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import striped, write_images
+from tiny_runs import striped, write_images
 from torch import Tensor
 
 from resnet_fused.data import DataError, ImageFolder, Images, Pixels, load
