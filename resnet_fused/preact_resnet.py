@@ -26,6 +26,8 @@ class _PreActNetwork(FusedStem):
     ) -> None:
         if len(layers) != len(widths):
             raise ValueError(f"layers is {layers!r}, expected {len(widths)} entries, one a stage")
+        if "placement" in options:
+            raise ValueError(f"placement is {options['placement']!r}, expected none: these networks are 'full_preact'")
         self.options = BlockOptions(block, placement="full_preact", norm=norm, **options)
         inplanes = widths[0]
         self.stages = tuple(f"layer{i + 1}" for i in range(len(layers)))
@@ -74,8 +76,8 @@ class CifarPreActResNet(UnpooledStem, _PreActNetwork):
     """Pre-activation ResNet for small images x: [N, 3, H, W] (H, W = 32), returning logits [N, num_classes].
 
     `CifarResNet`'s stem, and a stage for each of `widths`, of so many of `layers` blocks. The other arguments are
-    those of `PreActResNet`, and so are dtypes and errors, but for x of other channels or dtype than conv1's: these
-    are `CifarResNet`'s.
+    those of `PreActResNet`, and so are dtypes and errors, with ValueError for empty `widths` too; but for x of other
+    channels or dtype than conv1's they are `CifarResNet`'s.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class CifarPreActResNet(UnpooledStem, _PreActNetwork):
         **options: Any,
     ) -> None:
         super().__init__()
+        if not widths:
+            raise ValueError("widths is empty, expected one entry a stage")
         norm = norm_layer or nn.BatchNorm2d
         self.conv1 = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
         self.bn1 = norm(widths[0])

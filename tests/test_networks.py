@@ -344,6 +344,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "the blocks would give zeros",
     ),
     "stages": (lambda: CifarResNet("basic", (1, 1), (16, 32, 64)), "expected one entry each a stage"),
+    "no stages": (lambda: CifarPreActResNet("basic", (), ()), "widths is empty"),
+    "placed": (
+        lambda: CifarPreActResNet("basic", THREE, placement="original"),
+        "placement is 'original', expected none",
+    ),
     "layers": (lambda: ResNet("basic", (1, 1, 1)), r"layers is \(1, 1, 1\), expected 4 entries"),
     "empty stage": (lambda: CifarResNet("basic", (1, 0, 1)), "a stage of 0 blocks, expected at least 1"),
     "pre-activation's stages": (lambda: PreActResNet("basic", (1, 1)), r"layers is \(1, 1\), expected 4 entries"),
