@@ -221,6 +221,7 @@ MODULES = [("BNReLUMaxPool", "stem")]
 MODULES += [(name, kind) for name in ("BasicBlock", "Bottleneck") for kind in ("identity", "projection", "stride 2")]
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize(("name", "kind"), MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_module_step(name: str, kind: str, dtype: torch.dtype, device: Device) -> None:
