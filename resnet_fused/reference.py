@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.layout import Padded, acc_dtype
+from .ops.layout import Padded, acc_dtype, pixels_of
 from .ops.sync import Group, SumOverGroup
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def sync_batch_norm(
     """
     wide = u.to(acc_dtype(u.dtype))
     over, per_channel = (0, 2, 3), (1, -1, 1, 1)
-    pixels = wide.new_full((1,), u.numel() // u.shape[1])
+    pixels = wide.new_full((1,), pixels_of(u))
     total, pixels = SumOverGroup.apply(torch.cat([wide.sum(over), pixels]), group).split([u.shape[1], 1])
     centred = wide - (total / pixels).view(per_channel)
     var = SumOverGroup.apply(centred.square().sum(over), group) / pixels

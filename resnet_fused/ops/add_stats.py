@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .autograd import differentiable, fake
-from .layout import acc_dtype
+from .layout import acc_dtype, pixels_of
 
 
 @fake("add_stats")
@@ -24,7 +24,7 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ops, ctx, dy: Tensor, dmean: Tensor, dvar: Tensor):
     """d mean/dy = 1/M, d var/dy = 2 (y - mean)/M."""
     u, scale, y, mean = ctx.saved_tensors
-    pixels = y.numel() // y.shape[1]
+    pixels = pixels_of(y)
     per_channel = (1, -1, 1, 1)
     through = (dmean.view(per_channel) + 2 * dvar.view(per_channel) * (y - mean.view(per_channel))) / pixels
     wide = dy + through  # in the accumulation type

@@ -47,18 +47,15 @@ from .gram_form import (
     taken_away,
     weight_gradient,
 )
-from .layout import acc_dtype, to_nhwc
+from .layout import acc_dtype, pixels_of, to_nhwc
+from .norm_relu import relu_bn_backward
 from .spec import BlockSpec, Norm, UnitParams, UnitSpec
-from .sync import Sums, combined, summed
+from .sync import Sums, agreed, combined, summed
 
 
 def channels(t: Tensor, rows: Tensor) -> Tensor:
     """The channels `rows` of t [N, K, P, Q], in the accumulation type."""
     return to_nhwc(t.index_select(1, rows).to(acc_dtype(t.dtype)))
-
-
-def pixels_of(u: Tensor) -> int:
-    return u.numel() // u.shape[1]
 
 
 def raw_stats(spec: UnitSpec, u: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +65,7 @@ def raw_stats(spec: UnitSpec, u: Tensor) -> tuple[Tensor, ...]:
 
 def settled(spec: UnitSpec, stats: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
     """A unit's statistics as it normalises with, from those of this process's u."""
-    return stats if spec.group is None else combined([stats], pixels_of(u), [spec.group])[0]
+    return stats if spec.group is None else agreed(stats, pixels_of(u), spec.group)
 
 
 # --------------------------------------------------------------------------------------------- forward
@@ -303,22 +300,13 @@ class UnitGrads(NamedTuple):
     beta: Tensor
 
 
-def _bn_backward(spec: UnitSpec, norm: Norm, raw: Tensor, dz: Tensor, sums: Sums, gate: tuple) -> Tensor:
+def _bn_backward(spec: UnitSpec, norm: Norm, raw: Tensor, dz: Tensor, sums: Sums) -> Tensor:
     """Gradient of a unit's raw output u [N, K, P, Q] from that of z; sums are those of the whole batch.
 
-    du = s (dz - dbeta/M - xhat dgamma/M) with batch statistics, s dz with given ones; `gate` is (scale, shift)
-    where dz must still be multiplied by relu'(scale*u + shift).
+    du = s (dz - dbeta/M - xhat dgamma/M) with batch statistics, s dz with given ones.
     """
     coef_x, coef_1 = norm.coefficients(sums if spec.batch_stats else None)
-    return _ops.bn_act_backward_apply(dz, None, raw, *gate, norm.mean, norm.scale, coef_x, coef_1)
-
-
-def _inner_backward(spec: UnitSpec, norm: Norm, raw: Tensor, da: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dgamma, dbeta) of an inner unit from the gradient da of relu(z)."""
-    gate = (norm.scale, norm.shift)
-    _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, raw, *gate, norm.mean, False)
-    sums = summed(dbeta, dzx, pixels_of(raw), spec.group)
-    return _bn_backward(spec, norm, raw, da, sums, gate), norm.rstd * dzx, dbeta
+    return _ops.bn_act_backward_apply(dz, None, raw, None, None, norm.mean, norm.scale, coef_x, coef_1)
 
 
 class EndInput(NamedTuple):
@@ -374,7 +362,7 @@ def _end_backward(
         return _gram_end_backward(source, norm, Gram(*saved), a, dz, sums.dz, needs)
     if raw is not None:
         dgamma = norm.rstd * sums.dzx
-        du = _bn_backward(spec, norm, raw, dz, summed(*sums, pixels_of(raw), spec.group), (None, None))
+        du = _bn_backward(spec, norm, raw, dz, summed(*sums, pixels_of(raw), spec.group))
     else:  # given statistics and no gradient for gamma: du = s dz
         dgamma = torch.zeros_like(norm.scale)
         du = _ops.bn_act(dz, norm.scale, torch.zeros_like(norm.scale), None, None, None, False, False)[0]
@@ -405,7 +393,7 @@ def _gram_end_backward(
     da = gram_backward(a, gram, weight, scale, dz, taken) if needs[0] else dz.new_empty(0)
     if rows.numel():
         sums = Sums(sums.dz[rows], sums.dzx[rows], sums.pixels)
-        du = _bn_backward(spec, thin_norm, thin.raw, thin_dz, sums, (None, None))
+        du = _bn_backward(spec, thin_norm, thin.raw, thin_dz, sums)
         thin_da, thin_dw = conv_backward(du, thin.operand, thin.params.weight, POINTWISE, *needs)
         if needs[0]:
             da += thin_da
@@ -455,14 +443,15 @@ def backward(
     del main  # its memory may serve the next gradients, and so may da's below
     units = [grads]
     for i in reversed(range(last)):
-        du, dgamma, own_dbeta = _inner_backward(spec.units[i], norms[i], raws[i], da)
+        unit = spec.units[i]
+        du, dgamma, own_dbeta = relu_bn_backward(da, raws[i], norms[i], unit.batch_stats, unit.group)
         del da
         a = norms[i - 1].operand(raws[i - 1]) if i else x
         da, dw = _conv_backward_add(
             du,
             a,
             params[i].weight,
-            spec.units[i].geometry,
+            unit.geometry,
             (i > 0 or needs.x, needs.weights[i]),
             None if i else identity,
             spec,

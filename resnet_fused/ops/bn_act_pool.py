@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .autograd import differentiable, fake, forbid_gradients
 from .bn_stats import batch_stats as stats_of
-from .layout import empty_nhwc, to_nhwc
+from .layout import empty_nhwc, pixels_of, to_nhwc
 from .norm_relu import relu_bn_backward
 from .spec import Norm
-from .sync import Group, combined
+from .sync import Group, agreed
 
 _ops = torch.ops.resnet_fused
 
@@ -51,8 +51,8 @@ class StemTail(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, gamma, beta, mean, var, eps, batch_stats, group: Group | None, pool):
-        own = [stats_of(u)] if batch_stats else [(mean.clone(), var.clone())]
-        (stats,) = combined(own, u.numel() // u.shape[1], [group])
+        own = stats_of(u) if batch_stats else (mean.clone(), var.clone())
+        stats = agreed(own, pixels_of(u), group)
         norm = Norm.of(stats[0], stats[1], gamma, beta, eps)
         y, argmax = _ops.bn_act_pool(u, norm.scale, norm.shift, *pool)
         ctx.save_for_backward(u, argmax, norm.mean, norm.var, norm.rstd, norm.scale, norm.shift, norm.beta)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .autograd import differentiable, fake
 from .dispatch import ops as _ops
-from .layout import acc_dtype
+from .layout import acc_dtype, pixels_of
 
 
 @fake("bn_stats")
@@ -23,7 +23,7 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ops, ctx, dmean: Tensor, dvar: Tensor) -> Tensor:
     """d mean/dx = 1/M, d var/dx = 2 (x - mean)/M."""
     x, mean = ctx.saved_tensors
-    pixels = x.numel() // x.shape[1]
+    pixels = pixels_of(x)
     per_channel = (1, -1, 1, 1)
     centred = x - mean.view(per_channel)
     return ((dmean.view(per_channel) + 2 * dvar.view(per_channel) * centred) / pixels).to(x.dtype)

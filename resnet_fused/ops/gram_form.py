@@ -43,7 +43,7 @@ from torch import Tensor
 
 from .aten import POINTWISE, conv, fused_conv, has_fused_conv, matmul_nt, matmul_tn, wgrad1x1
 from .dispatch import ops as _ops
-from .layout import acc_dtype
+from .layout import acc_dtype, pixels_of
 from .sync import Sums
 
 _CENTER_SAMPLES = 1024  # pixels: any estimate within a few standard deviations of the mean will do
@@ -83,7 +83,7 @@ def sample_center(u: Tensor, scale: Tensor | None = None, shift: Tensor | None =
 
 def gram_of(operand: Tensor, mean: Tensor, center: Tensor) -> Gram:
     """Statistics of a centred operand [N, C, H, W] whose mean [C] is known."""
-    pixels = operand.numel() // operand.shape[1]
+    pixels = pixels_of(operand)
     wide = operand.to(mean.dtype)  # bfloat16's wgrad rounds its sums to bfloat16: 2^-9 of a variance, not 2^-23
     cov = wgrad1x1(wide, wide).div_(pixels).addr_(mean, mean, alpha=-1)
     return Gram(center, mean, cov)

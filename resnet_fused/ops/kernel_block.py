@@ -29,7 +29,6 @@ from .block import (
     Needs,
     UnitGrads,
     add_shortcut,
-    pixels_of,
     raw_stats,
     reduce,
     settled,
@@ -38,7 +37,7 @@ from .block import (
 from .conv2d import encoded
 from .dispatch import ops as _ops
 from .gram_form import Gram, conv_stats, drift, output_sums, sample_center, taken_away, weight_gradient
-from .layout import Padded, to_nhwc
+from .layout import Padded, pixels_of, to_nhwc
 from .pointwise import masked, matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, is_pointwise, route_of
 from .spec import BlockSpec, Norm, UnitParams, UnitSpec

@@ -38,6 +38,11 @@ def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else t.as_strided(like.shape, like.stride())  # along sizes of 1
 
 
+def pixels_of(u: Tensor) -> int:
+    """How many each channel of u [N, C, H, W] has."""
+    return u.numel() // u.shape[1]
+
+
 class Padded(NamedTuple):
     """A shortcut without parameters: every stride-th pixel, and channels of zeros around those of x.
 

@@ -27,11 +27,11 @@ from .aten import Geometry, conv, conv_backward
 from .autograd import forbid_gradients
 from .bn_stats import batch_stats
 from .dispatch import ops as _ops
-from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
+from .layout import Padded, acc_dtype, autocast_type, empty_nhwc, laid_out_as, pixels_of, to_nhwc
 from .pointwise import matrix_kernels_take
 from .routes import NO_NORM, Route, arch_of, route_of
 from .spec import Norm
-from .sync import Group, combined, groups_named, names_of, summed
+from .sync import Group, agreed, groups_named, names_of, summed
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _PARAMS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars, Tensor[] handed"
@@ -116,7 +116,7 @@ def _forward(
             if spec.batch_stats[i]:
                 found = own or batch_stats(u)
                 if spec.groups[i] is not None:
-                    (found,) = combined([found], u.numel() // u.shape[1], [spec.groups[i]])
+                    found = agreed(found, pixels_of(u), spec.groups[i])
                 elif i == 0 and handed:
                     found = tuple(t.clone() for t in found)
                 mean, var, *_ = found
@@ -183,8 +183,7 @@ def _backward(
             grads = [laid_out_as(dw, weights[i]) if needs_weight[i] else dw, norm.rstd * sums[1], sums[0], *grads]
             if i or needs_x:
                 gate = (None, None) if dz.gated else (norm.scale, norm.shift)
-                pixels = u.numel() // u.shape[1]
-                whole = summed(sums[0], sums[1], pixels, spec.groups[i]) if spec.batch_stats[i] else None
+                whole = summed(sums[0], sums[1], pixels_of(u), spec.groups[i]) if spec.batch_stats[i] else None
                 coefs = norm.coefficients(whole)
                 addend = dy if i == 0 and not (spec.projected or spec.padded) else None
                 du = _ops.bn_act_backward_apply(dz.grad, None, u, *gate, norm.mean, norm.scale, *coefs, addend)

@@ -33,10 +33,11 @@ from .bn_act_pool import Pool, pooled_size
 from .bn_stats import batch_stats as stats_of
 from .conv2d import encoded
 from .dispatch import ops as _ops
-from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, to_nhwc
+from .layout import acc_dtype, autocast_type, empty_nhwc, laid_out_as, pixels_of, to_nhwc
+from .norm_relu import relu_bn_reduce
 from .pointwise import matrix_kernels_take
 from .spec import Norm
-from .sync import Group, combined, name_of, summed
+from .sync import Group, agreed, name_of
 
 _LIB = torch.library.Library("resnet_fused", "FRAGMENT")
 _NORM = "Tensor gamma, Tensor beta, Tensor mean, Tensor var"
@@ -94,7 +95,7 @@ def _forward(x, weight, gamma, beta, mean, var, eps, batch_stats, group, geometr
         else:
             u = conv(x, weight, g)
             own = list(stats_of(u)) if batch_stats else [_nothing(x), _nothing(x)]
-        (own,) = combined([own], u.numel() // u.shape[1], [Group.named(group)])
+        own = agreed(own, pixels_of(u), Group.named(group))
         mean, var = own[:2] if batch_stats else (mean, var)
         norm = Norm.of(mean, var, gamma, beta, eps)
         y, argmax = _ops.bn_act_pool(u, norm.scale, norm.shift, *pool)
@@ -119,10 +120,8 @@ def _backward(
     with torch.autocast(autocast_type(x), enabled=False):
         norm, g = Norm.of(mean, var, gamma, beta, eps), _geometry(geometry)
         da = _ops.bn_act_pool_backward(to_nhwc(dy), argmax, *u.shape[2:], *pool)
-        _, dbeta, dzx = _ops.bn_act_backward_reduce(da, None, u, norm.scale, norm.shift, norm.mean, False)
-        sums = summed(dbeta, dzx, u.numel() // u.shape[1], Group.named(group)) if batch_stats else None
-        coefs = norm.coefficients(sums)
-        prologue: tuple[Any, ...] = (None, u, norm.scale, norm.shift, norm.mean, norm.scale, *coefs)
+        prologue: tuple[Any, ...]
+        prologue, dgamma, dbeta = relu_bn_reduce(da, u, norm, batch_stats, Group.named(group))
         kernels = kernel_obstacle(x, weight, g) is None
         dx = dw = dy.new_empty(0)
         grad = da
@@ -131,7 +130,7 @@ def _backward(
             dx, dw = conv_backward(grad, x, weight, g, needs_x, needs_weight and not kernels)
         if needs_weight and kernels:
             dw = _ops.conv2d_wgrad(grad, *prologue, to_nhwc(x), None, None, weight.shape[2:], geometry)
-    return [dx, laid_out_as(dw, weight) if needs_weight else dw, norm.rstd * dzx, dbeta]
+    return [dx, laid_out_as(dw, weight) if needs_weight else dw, dgamma, dbeta]
 
 
 def _fake_backward(

@@ -82,6 +82,11 @@ def groups_named(names: str) -> tuple[Group | None, ...]:
     return tuple(map(Group.named, names.split(",")))
 
 
+def agreed(stats: tuple[Tensor, ...], pixels: int, group: Group | None) -> tuple[Tensor, ...]:
+    """`combined` of one norm."""
+    return combined([stats], pixels, [group])[0]
+
+
 def combined(
     stats: Sequence[tuple[Tensor, ...]], pixels: int, groups: Sequence[Group | None]
 ) -> list[tuple[Tensor, ...]]:
