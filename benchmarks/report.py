@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.machine import slug
 from benchmarks.table import Row, cells
-from resnet_fused.data import require
+from resnet_fused import plots
 from resnet_fused.network import MODELS, STAGES, Comparison
 
 GIB = 1 << 30
@@ -48,15 +48,17 @@ class Results:
     rows: list[Row]
 
     @property
+    def machine(self) -> str:
+        return self.about["gpu"] if self.about["device"] == "cuda" else self.about["processor"]
+
+    @property
     def name(self) -> str:
-        machine = self.about["gpu"] if self.about["device"] == "cuda" else self.about["processor"]
-        return f"{slug(machine)}-{self.about['versions']['resnet_fused']}"
+        return f"{slug(self.machine)}-{self.about['versions']['resnet_fused']}"
 
     @property
     def title(self) -> str:
-        machine = self.about["gpu"] if self.about["device"] == "cuda" else self.about["processor"]
         versions = self.about["versions"]
-        return f"{machine}, resnet_fused {versions['resnet_fused']}, torch {versions['torch']}"
+        return f"{self.machine}, resnet_fused {versions['resnet_fused']}, torch {versions['torch']}"
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -138,7 +140,7 @@ def plot_speed(results: Results, path: Path) -> bool:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel("eager / variant")
     axes.tick_params(axis="x", labelrotation=90)
-    _save(figure, path)
+    plots.save(figure, path)
     return True
 
 
@@ -147,21 +149,21 @@ def plot_stages(title: str, unit: str, columns: dict[str, list[float]], path: Pa
     figure, axes = _figure(title, 8)
     _bars(axes, list(STAGES), {name: [v / GIB for v in values] for name, values in columns.items()})
     axes.set_ylabel(unit)
-    _save(figure, path)
+    plots.save(figure, path)
 
 
 def traffic(comparison: Comparison) -> dict[str, list[float]]:
     """Bytes by stage, by passes; torch.compile's are derived."""
-    passes = {m: [step.moved.passes for step in steps] for m, steps in comparison.ours.items()}
-    eager = {"eager": [step.moved.passes for step in comparison.eager]}
-    return eager | {"torch.compile (modelled)": [stage.moved for stage in comparison.compiled]} | passes
+    return _modelled(comparison.columns(lambda step: step.moved.passes, lambda stage: stage.moved))
 
 
 def saved(comparison: Comparison) -> dict[str, list[float]]:
     """Bytes kept for backward by stage; torch.compile's are derived."""
-    ours = {m: [step.saved for step in steps] for m, steps in comparison.ours.items()}
-    eager = {"eager": [step.saved for step in comparison.eager]}
-    return eager | {"torch.compile (modelled)": [stage.saved for stage in comparison.compiled]} | ours
+    return _modelled(comparison.columns(lambda step: step.saved, lambda stage: stage.saved))
+
+
+def _modelled(columns: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {f"{name} (modelled)" if name == "torch.compile" else name: own for name, own in columns.items()}
 
 
 def points(rows: Iterable[Row]) -> dict[str, list[tuple[float, float]]]:
@@ -198,12 +200,12 @@ def plot_roofline(results: Results, path: Path) -> bool:
     axes.set_xlabel("FLOPs of products a byte (counted)")
     axes.set_ylabel("bytes a second")
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    plots.save(figure, path)
     return True
 
 
 def _figure(title: str, width: float) -> tuple[Any, Any]:
-    figure = require("matplotlib.figure", "the report").Figure(figsize=(width, 5), layout="constrained")
+    figure = plots.figure(width, 5)
     axes = figure.subplots()
     axes.set_title(title, fontsize="medium")
     return figure, axes
@@ -218,10 +220,6 @@ def _bars(axes: Any, labels: list[str], columns: dict[str, list[Any]]) -> None:
         axes.bar(*zip(*shown, strict=True), width, label=name)
     axes.set_xticks(range(len(labels)), labels, fontsize="small")
     axes.legend(fontsize="small")
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
 
 
 # --------------------------------------------------------------------------------------------------------- command

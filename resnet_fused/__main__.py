@@ -16,13 +16,14 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import __version__, apps, costs, counting, kernels, models, network, units
-from .arguments import checked_device, positive_float, positive_int
+from .arguments import add_command, checked_device, positive_float, positive_int, with_device
 from .console import explanation_table, make_console, make_table
 from .convert import fuse_
 from .ops.pointwise import as_on_a_gpu
@@ -92,7 +93,7 @@ def explain(args: argparse.Namespace) -> int:
 def _model_and_batch(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     device, dtype = checked_device(args.device), DTYPES[args.dtype]
     model = models.create(args.model).to(device, dtype)
-    channels, side, _ = models.image_shape(args.model)
+    channels, side, _ = models.image_shape(model)
     size = side if channels == 1 else args.size or side  # MNIST's networks take digits of one size
     return model, torch.randn(args.batch, channels, size, size, device=device, dtype=dtype)
 
@@ -144,15 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run)
-        return sub
-
-    def with_device(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-        return sub
-
+    command = partial(add_command, commands)
     sub = command("info", info)
     sub.add_argument(
         "--kernels",
@@ -196,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     sub.add_argument("--again", action="store_true", help="also what is known already")
 
-    apps.add_commands(command)
+    apps.add_commands(commands)
 
     sub = command("demo", demo_command)
     default = Path("runs") / "mnist"

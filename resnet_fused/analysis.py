@@ -75,9 +75,7 @@ def plot_responses(found: Mapping[str, Mapping[str, float]], path: Path) -> None
         panels[1].plot(layers, sorted(stds.values(), reverse=True), marker="o", markersize=2, label=name)
     for axes, label in zip(panels, ("layer, in order", "layer, by magnitude"), strict=True):
         axes.set(xlabel=label, ylabel="standard deviation of the response")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    plots.save(fig, path)
+    plots.save_curves(fig, path)
 
 
 # ---------------------------------------------------------------- degradation
@@ -135,9 +133,7 @@ def plot_errors(curves: Sequence[Curve], path: Path, window: int = 50) -> None:
         at = [row["iteration"] for row in curve.history]
         axes.plot(at, errors, color=f"C{i}", linewidth=2, marker="o", markersize=3, label=curve.name)
     axes.set(xlabel="iteration", ylabel="error, % (dashed: training)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    plots.save(fig, path)
+    plots.save_curves(fig, path)
 
 
 # ---------------------------------------------------------------- fused against eager
@@ -184,7 +180,4 @@ def plot_coincidence(curves: Sequence[Curve], path: Path, window: int = 50) -> N
         )
     left.set(xlabel="iteration", ylabel=f"training loss, mean of {window}")
     right.set(xlabel="iteration", ylabel="held-out accuracy, %")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    plots.save(fig, path)
+    plots.save_curves(fig, path)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import torch
+from torch import nn
 
 from . import analysis, checkpoint, complexity, evaluate, plots, recipe
-from .arguments import checked_device, positive_float, positive_int
+from .arguments import add_command, checked_device, positive_float, positive_int, with_device
 from .console import make_console, make_table
 from .data import FORMATS, Images, Pixels
 from .data.loading import batches, in_batches
@@ -108,9 +109,7 @@ def _help(f: Any) -> str:
 
 def eval_command(args: argparse.Namespace) -> int:
     """Scores of a checkpoint on the held-out images: accuracy, top-5, confusion."""
-    path = args.checkpoint / checkpoint.BEST if args.checkpoint.is_dir() else args.checkpoint
-    trained = checkpoint.read(path)
-    model = checkpoint.network(trained, path).to(checked_device(args.device))
+    path, trained, model = _read(args.checkpoint, args.device)
     own = _changed(trained.recipe, args)
     view = _view(own, trained, path, args.crops, args.scales)
     with evaluate.fusion(own):
@@ -129,6 +128,13 @@ def eval_command(args: argparse.Namespace) -> int:
     if args.out:
         _write_scores(args.out, own, view, score, path)
     return 0
+
+
+def _read(given: Path, device: str) -> tuple[Path, checkpoint.Trained, nn.Module]:
+    """(path, contents, network on the device) of a checkpoint, or of a run's folder the best one."""
+    path = given / checkpoint.BEST if given.is_dir() else given
+    trained = checkpoint.read(path)
+    return path, trained, checkpoint.network(trained, path).to(checked_device(device))
 
 
 def _view(
@@ -179,18 +185,14 @@ def _write_scores(folder: Path, own: Recipe, view: HeldOutView, score: evaluate.
 # ---------------------------------------------------------------- analyse
 
 
-def analyse_command(args: argparse.Namespace) -> int:
-    """What networks show: responses, degradation with depth, fused against eager curves, parameters and cost."""
-    raise NotImplementedError("each of them has a command of its own")
+ANALYSE = "What networks show: responses, degradation with depth, fused against eager curves, parameters and cost."
 
 
 def responses_command(args: argparse.Namespace) -> int:
     """The standard deviation of each layer's response after its batch norm, of trained networks."""
     found: dict[str, dict[str, float]] = {}
     for given in args.checkpoints:
-        path = given / checkpoint.BEST if given.is_dir() else given
-        trained = checkpoint.read(path)
-        model = checkpoint.network(trained, path).to(checked_device(args.device))
+        path, trained, model = _read(given, args.device)
         first = next(model.parameters())
         view = _view(_changed(trained.recipe, args), trained, path, "centre", None)
         rows = in_batches(range(min(args.images, len(view))), 50)
@@ -261,9 +263,9 @@ def coincide_command(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- parsing
 
 
-def add_commands(command: Callable[[str, Callable], argparse.ArgumentParser]) -> None:
-    """train, eval and analyse; `command(name, run)` makes a parser."""
-    sub = _with_device(command("train", train_command))
+def add_commands(commands: Any) -> None:
+    """train, eval and analyse, to what add_subparsers has made."""
+    sub = with_device(add_command(commands, "train", train_command))
     names = ", ".join(recipe.names())
     sub.add_argument("recipe", nargs="?", default="mnist", help=f"{names}, or a TOML file (default: %(default)s)")
     sub.add_argument("--out", type=Path, help="folder for results (default: runs/RECIPE)")
@@ -272,7 +274,7 @@ def add_commands(command: Callable[[str, Callable], argparse.ArgumentParser]) ->
     once.add_argument("--restart", action="store_true", help="begin again where an unfinished run is in the folder")
     _add_recipe_flags(sub)
 
-    sub = _with_device(command("eval", eval_command))
+    sub = with_device(add_command(commands, "eval", eval_command))
     sub.add_argument("checkpoint", type=Path, help="a file, or the folder of a run: its best one")
     sub.add_argument("--crops", choices=get_args(Crops), default="centre", help="of each image (default: %(default)s)")
     shown = ", ".join(map(str, SCALES))
@@ -284,22 +286,22 @@ def add_commands(command: Callable[[str, Callable], argparse.ArgumentParser]) ->
     sub.add_argument("--out", type=Path, help="folder for a JSON of the results and a picture of the confusion")
     _add_data_flags(sub)
 
-    kinds = command("analyse", analyse_command).add_subparsers(dest="what", required=True, metavar="WHAT")
+    analyse = commands.add_parser("analyse", help=ANALYSE, description=ANALYSE)
+    kinds = analyse.add_subparsers(dest="what", required=True, metavar="WHAT")
 
     def kind(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        own = kinds.add_parser(name, help=run.__doc__, description=run.__doc__)
-        own.set_defaults(run=run)
+        own = add_command(kinds, name, run)
         if name != "table":
             default = Path("runs") / "analysis"
             own.add_argument("--out", type=Path, default=default, help="folder for results (default: %(default)s)")
         return own
 
-    sub = _with_device(kind("responses", responses_command))
+    sub = with_device(kind("responses", responses_command))
     sub.add_argument("checkpoints", type=Path, nargs="+", help="files, or folders of runs")
     sub.add_argument("--images", type=positive_int, default=500, help="that are looked at (default: %(default)s)")
     _add_data_flags(sub)
 
-    sub = _with_device(kind("degradation", degradation_command))
+    sub = with_device(kind("degradation", degradation_command))
     sub.add_argument("--models", nargs="+", choices=MODELS, default=analysis.DEPTHS, metavar="MODEL")
     sub.add_argument("--recipe", default="degradation", help="a name or a TOML file (default: %(default)s)")
     _add_recipe_flags(sub, "model", "model_args")
@@ -313,11 +315,6 @@ def add_commands(command: Callable[[str, Callable], argparse.ArgumentParser]) ->
     sub.add_argument(
         "--tolerance", type=positive_float, default=0.1, help="difference of the mean losses that is too much"
     )
-
-
-def _with_device(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    return sub
 
 
 def _add_data_flags(sub: argparse.ArgumentParser) -> None:

@@ -1,11 +1,25 @@
-"""Types of command-line arguments."""
+"""Commands, and types of their arguments."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """The parser of a command, among those that add_subparsers has made, whose help is what `run` says of itself."""
+    sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    sub.set_defaults(run=run)
+    return sub
+
+
+def with_device(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    return sub
 
 
 def positive_int(text: str) -> int:

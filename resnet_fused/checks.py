@@ -103,10 +103,7 @@ def check_unit(name: str, unit: ConvBN, x_shape: tuple[int, ...], x: Tensor) -> 
             f"{name}: a {list(w.shape[2:])} kernel (dilation {list(unit.dilation)}, padding {list(unit.padding)}) "
             f"does not fit into an input of shape {list(x_shape)}"
         )
-    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1 and unit.shared is None:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
-        )
+    _check_values(name, unit, shape)
     return shape
 
 
@@ -145,6 +142,14 @@ def _conv_of(unit: ConvBN) -> ConvBN:
     return replace(unit, gamma=None, beta=None, running_mean=None, running_var=None, has_norm=False, training=False)
 
 
+def _check_values(name: str, unit: ConvBN, shape: tuple[int, ...]) -> None:
+    """Whether what the unit normalises, [N, K, P, Q], has a variance."""
+    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1 and unit.shared is None:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
+        )
+
+
 def _check_norm(name: str, unit: ConvBN, shape: tuple[int, ...], x: Tensor) -> None:
     """The norm in front of a convolution, of an input of this shape [N, C, H, W]."""
     if not unit.has_norm:
@@ -158,10 +163,7 @@ def _check_norm(name: str, unit: ConvBN, shape: tuple[int, ...], x: Tensor) -> N
             )
     if (unit.running_mean is None) != (unit.running_var is None):
         raise ValueError(f"{name}: running_mean and running_var must both be given, or neither")
-    if unit.batch_stats and shape[0] * shape[2] * shape[3] == 1 and unit.shared is None:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} ({name})"
-        )
+    _check_values(name, unit, shape)
 
 
 def _check_geometry(name: str, unit: ConvBN) -> None:

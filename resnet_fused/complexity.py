@@ -31,20 +31,12 @@ def complexity(name: str, create: Callable[[], nn.Module], shape: tuple[int, int
     """Counted on the meta device, where nothing is computed or stored, from the plain form of the fused ops."""
     with torch.device("meta"), unfused(), torch.no_grad():
         model = create().eval()
-        shape = shape or image_shape(model)
+        shape = shape or models.image_shape(model)
         counter = FlopCounterMode(display=False)
         with counter:
             model(torch.empty(1, *shape))
     parameters = sum(p.numel() for p in model.parameters())
     return Complexity(name, shape, parameters, counter.get_total_flops() // 2)
-
-
-def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """[C, H, W] of the images that a network is made for, told from its first convolution."""
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    if first.in_channels == 1:
-        return 1, 28, 28  # MNIST
-    return (3, 224, 224) if first.kernel_size == (7, 7) else (3, 32, 32)  # ImageNet, CIFAR
 
 
 def table(names: Iterable[str] = ()) -> list[Complexity]:

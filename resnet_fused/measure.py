@@ -7,9 +7,9 @@ process and prints its peak memory as JSON: `peak_memory` starts it.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import require
+from .timing import Budget, HostTimer, rounds_of
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -29,17 +30,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     The calls take turns within a round, and every other round runs backwards, so that a machine that
     slows down or speeds up meanwhile favours none.
     """
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(rounds):
-        for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - start)
-        order.reverse()
-    return times
+    parts = {name: [call] for name, call in calls.items()}
+    found = rounds_of(parts, HostTimer(), rounds, Budget(math.inf), warmups=1)
+    return {name: [times.milliseconds[0] / 1e3 for times in own] for name, own in found.items()}
 
 
 class Ratio(NamedTuple):

@@ -191,18 +191,13 @@ def _named(*factories: Callable[..., nn.Module]) -> dict[str, Callable[..., nn.M
 
 
 TORCHVISION = _named(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, wide_resnet50_2)
-_CIFAR = _named(
+MODELS: dict[str, Callable[..., nn.Module]] = TORCHVISION | _named(
+    plain18, plain34, preact_resnet18, preact_resnet50,
     cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110, cifar_resnet1202,
     cifar_plain20, cifar_plain32, cifar_plain44, cifar_plain56, cifar_plain110,
     cifar_stem_resnet18, cifar_stem_resnet34, cifar_stem_resnet50, preact_resnet110, preact_resnet164,
+    mnist_resnet, mnist_gated_resnet,
 )  # fmt: skip
-_MNIST = _named(mnist_resnet, mnist_gated_resnet)
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    **TORCHVISION,
-    **_named(plain18, plain34, preact_resnet18, preact_resnet50),
-    **_CIFAR,
-    **_MNIST,
-}
 
 
 def create(name: str, **kwargs) -> nn.Module:
@@ -212,11 +207,12 @@ def create(name: str, **kwargs) -> nn.Module:
     return MODELS[name](**kwargs)
 
 
-def image_shape(name: str) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that the network called `name` is for."""
-    if name in _MNIST:
-        return (1, 28, 28)
-    return (3, 32, 32) if name in _CIFAR else (3, 224, 224)
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images [N, C, H, W] that a network is for, told from its first convolution."""
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    if first.in_channels == 1:
+        return 1, 28, 28  # MNIST
+    return (3, 224, 224) if first.kernel_size == (7, 7) else (3, 32, 32)  # ImageNet, CIFAR
 
 
 __all__ = [

@@ -33,6 +33,11 @@ def group_of(bn: nn.Module) -> Any:
     return bn.process_group or dist.group.WORLD
 
 
+def takes_batch_stats(bn: Any) -> bool:
+    """Whether a norm, as its modes are now, normalises with the batch's statistics."""
+    return not is_frozen_norm(bn) and (bn.training or bn.running_mean is None)
+
+
 def hook_reason(name: str, module: nn.Module) -> str | None:
     """Whether somebody watches or changes what goes through `module`."""
     for attribute in _HOOKS:

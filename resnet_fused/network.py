@@ -145,17 +145,21 @@ class Comparison:
         behind = Bytes(head.forward.passes, head.backward.passes, head.saved)
         return cls(eager, ours, [*(compiled(own, x) for own in calls["fast"][:-1]), behind])
 
+    def columns(
+        self, of: Callable[[Step], float], compiled: Callable[[Bytes], float] | None = None
+    ) -> dict[str, list[float]]:
+        """A figure by stage of eager, of torch.compile where it has one, and of ours."""
+        found = {"eager": list(map(of, self.eager))}
+        if compiled is not None:
+            found["torch.compile"] = list(map(compiled, self.compiled))
+        return found | {memory: list(map(of, self.ours[memory])) for memory in MEMORIES}
+
     def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         """(title, columns, rows) of each count, in GiB and as a share of eager's."""
 
-        def columns(get: Callable[[Step], float]) -> dict[str, list[float]]:
-            return {"eager": list(map(get, self.eager))} | {m: list(map(get, self.ours[m])) for m in MEMORIES}
-
-        passes, unique = columns(lambda step: step.moved.passes), columns(lambda step: step.moved.unique)
-        passes = {"eager": passes["eager"], "torch.compile": [stage.moved for stage in self.compiled]} | passes
-        yield "moved, by passes", *_table(passes)
-        yield "moved, ops' inputs and outputs once", *_table(unique)
-        yield "kept for backward", *_table(columns(lambda step: step.saved))
+        yield "moved, by passes", *_table(self.columns(lambda step: step.moved.passes, lambda stage: stage.moved))
+        yield "moved, ops' inputs and outputs once", *_table(self.columns(lambda step: step.moved.unique))
+        yield "kept for backward", *_table(self.columns(lambda step: step.saved))
 
 
 def _table(columns: dict[str, list[float]]) -> tuple[list[str], list[list[str]]]:

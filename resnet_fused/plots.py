@@ -27,6 +27,14 @@ def save(fig: Any, path: Path) -> None:
     write(path, content.getvalue())
 
 
+def save_curves(fig: Any, path: Path) -> None:
+    """`save` of axes with curves, on a grid and explained by their labels."""
+    for axes in fig.axes:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save(fig, path)
+
+
 def plot_history(history: Sequence[Mapping[str, float]], folder: Path, title: str) -> None:
     """accuracy.png and loss.png: on the training and on the held-out images, after each epoch."""
     epochs = [row["epoch"] for row in history]
@@ -41,9 +49,7 @@ def plot_history(history: Sequence[Mapping[str, float]], folder: Path, title: st
             axes.plot(best["epoch"], 100 * y, marker="*", markersize=12, linestyle="none", label=f"best: {y:.2%}")
         axes.set(xlabel="epoch", ylabel=what + unit, title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        save(fig, folder / f"{what}.png")
+        save_curves(fig, folder / f"{what}.png")
 
 
 def plot_confusion(counts: Tensor, classes: Sequence[str], path: Path, title: str) -> None:

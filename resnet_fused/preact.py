@@ -16,9 +16,9 @@ from .modules import (
     convbn_of,
     global_hook_reason,
     hook_reason,
-    is_frozen_norm,
     norm_reason,
     relu_reason,
+    takes_batch_stats,
     traced_as_leaf,
 )
 from .recorder import record
@@ -92,8 +92,7 @@ class PreActBlock(NotScripted, nn.Module):
 
     def takes_stats(self) -> bool:
         """Whether its first norm normalises with the batch's statistics."""
-        bn: Any = self.bn1
-        return bn is not None and not is_frozen_norm(bn) and (bn.training or bn.running_mean is None)
+        return self.bn1 is not None and takes_batch_stats(self.bn1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""

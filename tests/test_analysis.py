@@ -188,7 +188,7 @@ def test_multiply_adds_by_hand() -> None:
     [((1, 8, 3), (1, 28, 28)), ((3, 8, 3), (3, 32, 32)), ((3, 64, 7), (3, 224, 224))],
 )
 def test_the_images_that_a_network_is_for(conv: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
-    assert complexity.image_shape(nn.Sequential(nn.Conv2d(*conv))) == shape
+    assert models.image_shape(nn.Sequential(nn.Conv2d(*conv))) == shape
 
 
 def test_the_table_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,8 +119,9 @@ def test_the_registry_is_whole() -> None:
 @pytest.mark.parametrize("name", [name for name in models.MODELS if name != "cifar_resnet1202"])
 def test_the_image_it_is_for(name: str) -> None:
     with torch.device("meta"):
-        model, x = models.create(name).eval(), torch.empty(2, *models.image_shape(name))
-        assert model(x).shape == (2, 1000 if models.image_shape(name)[1] == 224 else 10)
+        model = models.create(name).eval()
+        x = torch.empty(2, *models.image_shape(model))
+        assert model(x).shape == (2, 1000 if models.image_shape(model)[1] == 224 else 10)
 
 
 # ------------------------------------------------------------------------------------------------ definitions

@@ -28,6 +28,7 @@ from ..modules import (
     norm_reason,
     pool_reason,
     relu_reason,
+    takes_batch_stats,
     traced_as_leaf,
 )
 from ..ops.bn_act_pool import Pool, StemTail
@@ -319,7 +320,7 @@ def _pixels(x: Tensor, bn: BatchNorm) -> int:
     n, c, h, w = x.shape
     if c != bn.num_features:
         raise ValueError(f"x has shape {list(x.shape)}, expected {bn.num_features} channels")
-    if _batch_stats(bn) and n * h * w == 1 and Group.of(group_of(bn)) is None:
+    if takes_batch_stats(bn) and n * h * w == 1 and Group.of(group_of(bn)) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     return n * h * w
 
@@ -336,15 +337,10 @@ def conv_bn_relu_maxpool(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, pool: Pool) 
     return _with_norm(lambda *norm: Stem.apply(to_nhwc(x), weight, *norm, g, pool), bn, x, n * p * q)
 
 
-def _batch_stats(bn: BatchNorm) -> bool:
-    """Whether it normalises with the batch's statistics."""
-    return bn.training or bn.running_mean is None
-
-
 def _with_norm(run: Callable[..., Any], bn: BatchNorm, like: Tensor, pixels: int) -> Tensor:
     """run(gamma, beta, mean, var, eps, batch_stats, group) -> (y, mean, var, with a group the count [1]); moves the
     running statistics."""
-    c, batch_stats = bn.num_features, _batch_stats(bn)
+    c, batch_stats = bn.num_features, takes_batch_stats(bn)
     affine = functional.vector(bn.weight, 1, like, c), functional.vector(bn.bias, 0, like, c)
     given = functional.given_stats(
         bn.running_mean, bn.running_var, like, c, torch.is_grad_enabled() and not batch_stats
@@ -408,7 +404,7 @@ class BNReLU(NotScripted, nn.Module):
 
     def takes_stats(self) -> bool:
         """Whether it normalises with the batch's statistics."""
-        return self.composed_reason() is None and _batch_stats(self.bn)  # type: ignore[arg-type]
+        return self.composed_reason() is None and takes_batch_stats(self.bn)
 
     def forward(self, x: Tensor) -> Tensor:
         return traced_as_leaf(self, x) if isinstance(x, Proxy) else self.run(x)[0]
