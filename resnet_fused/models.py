@@ -208,7 +208,10 @@ def create(name: str, **kwargs) -> nn.Module:
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images [N, C, H, W] that a network is for, told from its first convolution."""
+    """(channels, height, width) of the images [N, C, H, W] that a network is for.
+
+    model: one of `MODELS`, or any whose first convolution is theirs: 7x7 for ImageNet, of one channel for MNIST.
+    """
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     if first.in_channels == 1:
         return 1, 28, 28  # MNIST

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -162,9 +162,17 @@ class PreActBottleneck(PreActBlock):
 def _shortcut(inplanes: int, planes: int, stride: int, kind: str) -> nn.Module | None:
     if kind not in ("A", "B", "C"):
         raise ValueError(f"shortcut is {kind!r}, expected 'A', 'B' or 'C'")
+    return shortcut_of(kind, inplanes, planes, stride, conv1x1)
+
+
+def shortcut_of(
+    kind: str, inplanes: int, planes: int, stride: int, projection: Callable[[int, int, int], nn.Module]
+) -> nn.Module | None:
+    """Option "A", "B" or "C" of He et al. 2015, section 4.1; None: the identity. projection: of B and C, made for
+    (inplanes, planes, stride)."""
     if kind != "C" and stride == 1 and inplanes == planes:
         return None
-    return PaddedShortcut(inplanes, planes, stride) if kind == "A" else conv1x1(inplanes, planes, stride)
+    return PaddedShortcut(inplanes, planes, stride) if kind == "A" else projection(inplanes, planes, stride)
 
 
 class PreActSequential(NotScripted, nn.Sequential):

@@ -15,6 +15,9 @@ import pytest
 import torch
 from device import device as device  # a fixture
 from hypothesis import Phase, settings
+from tiny_runs import mnist as mnist
+from tiny_runs import no_pictures as no_pictures
+from tiny_runs import tiny as tiny
 from torch import Tensor, nn
 
 from resnet_fused import functional, reference, tuned

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TinyNet, tiny_recipe, write_mnist
+from tiny_runs import TinyNet, tiny_recipe
 from torch import Tensor, nn
 
 from resnet_fused import complexity, models
-from resnet_fused import train as training
 from resnet_fused.__main__ import main
 from resnet_fused.analysis import Curve, coincidence, responses
 from resnet_fused.train import train
 
 for package in ("matplotlib", "rich", "safetensors"):
     pytest.importorskip(package)
+
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 class PlainNet(TinyNet):
@@ -30,15 +31,8 @@ class PlainNet(TinyNet):
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.MODELS, "tiny", TinyNet)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, "plain", PlainNet)
-    monkeypatch.setattr(training, "plot_history", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
 def is_png(path: Path) -> bool:

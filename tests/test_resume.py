@@ -26,6 +26,8 @@ from resnet_fused.train import DivergenceError, Trainer, train
 for package in ("matplotlib", "rich", "safetensors"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.usefixtures("tiny")
+
 # Everything that a state has to bring back: momentum, two schedules, dropout, variation, a mean over half an epoch.
 VALUES: dict[str, Any] = {
     "pad": 2,
@@ -38,18 +40,6 @@ VALUES: dict[str, Any] = {
     "weight_decay": 1e-3,
     "checkpoint_every": 3,
 }
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TinyNet under a name, and no pictures, which take longer than its training."""
-    monkeypatch.setitem(models.MODELS, "tiny", TinyNet)
-    monkeypatch.setattr(training, "plot_history", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
 def contents(value: Any) -> Any:

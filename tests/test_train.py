@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TinyNet, tiny_recipe, write_images, write_mnist
+from tiny_runs import TinyNet, tiny_recipe, write_images
 from torch import Tensor, nn
 
 from resnet_fused import checkpoint, evaluate, models, recipe
@@ -38,16 +38,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mnist(tmp_path_factory.mktemp("mnist"))
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "plot_history", lambda *_: None)
 
 
 def losses(folder: Path) -> list[float]:
@@ -317,7 +307,6 @@ def test_two_processes_train_as_one(mnist: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_their_batch_statistics(mnist: Path, tmp_path: Path) -> None:
     """A network with batch norms trains in two processes as in one, too."""
-    pytest.importorskip("resnet_fused.ops.sync", reason="a CPU has no SyncBatchNorm of its own")
     argv = f"--data mnist --data-dir {mnist} --model resnet18 --channels 3 --precision fp64 --iterations 3".split()
     done = torchrun(2, "mnist", *argv, "--batch-size", "8", "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr

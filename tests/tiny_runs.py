@@ -8,11 +8,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import BasicBlock
+from resnet_fused import BasicBlock, models, train
 from resnet_fused.blocks import ConvBNAct
 from resnet_fused.recipe import Recipe
 
@@ -88,6 +89,24 @@ def write_images(folder: Path, each: int = 4, size: tuple[int, int] = (40, 32), 
                 pixels[..., label % 3] += 150
                 Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / part / f"c{label}" / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `write_mnist`'s images."""
+    return write_mnist(tmp_path_factory.mktemp("mnist"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a training: they take longer than it."""
+    monkeypatch.setattr(train, "plot_history", lambda *_: None)
+
+
+@pytest.fixture
+def tiny(no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TinyNet under the name "tiny", and no pictures."""
+    monkeypatch.setitem(models.MODELS, "tiny", TinyNet)
 
 
 def tiny_recipe(folder: Path, **values: Any) -> Recipe:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import reference
 from ..gated import GatedBlock, MNISTBlock
-from ..preact import PreActBasicBlock, PreActBottleneck
+from ..preact import PreActBasicBlock, PreActBottleneck, shortcut_of
 from .connect import CONNECTIONS, BottleneckConnection, Connection
 from .fused import BasicBlock, Bottleneck, ConcatBasicBlock, ConcatBottleneck
 
@@ -147,11 +147,11 @@ class BlockOptions:
         return block
 
     def _downsample(self, inplanes: int, planes: int, stride: int) -> nn.Module | None:
-        changes = stride != 1 or inplanes != planes
-        if self.shortcut == "none" or not (changes or self.shortcut == "C"):
+        if self.shortcut == "none":
             return None
-        if self.shortcut == "A":
-            return reference.PaddedShortcut(inplanes, planes, stride)
+        return shortcut_of(self.shortcut, inplanes, planes, stride, self._projection)
+
+    def _projection(self, inplanes: int, planes: int, stride: int) -> nn.Module:
         if not self.projection_norm:
             return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride))
         return nn.Sequential(reference.conv1x1(inplanes, planes, stride), self.norm(planes))
