@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from . import functional
-from .blocks.fused import BNReLU
+from .blocks.norms import BNReLU
 from .modules import (
     NotScripted,
     conv_reason,

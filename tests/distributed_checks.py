@@ -8,125 +8,49 @@ from __future__ import annotations
 
 import copy
 import datetime
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from conftest import (
     Case,
     Observed,
-    assert_agrees,
-    geometric_mean,
     observe_module,
     random_case,
     randomise,
     relative_error,
 )
+from distributed_tools import (
+    HALVES,
+    LOCAL,
+    UNEQUAL,
+    WORLD,
+    Sizes,
+    assert_close,
+    check,
+    fused,
+    image,
+    network,
+    part,
+    photos,
+    sent,
+    share_of,
+    shared,
+    summed,
+    whole,
+)
 from test_gram_form import gram_case
 from test_preact_block import Eager
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import resnet
 
 import resnet_fused as rf
 from resnet_fused.functional import ConvBN
-from resnet_fused.ops.pointwise import as_on_a_gpu
+from resnet_fused.ops import block, end_unit
+from resnet_fused.ops.gram_form import cancelling
 from resnet_fused.recorder import recording
-
-WORLD = 2
-HALVES, UNEQUAL = (8, 8), (5, 11)
-LOCAL = ("x", "shortcut")  # of what each process has a part
-Sizes = Sequence[int]
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(*args: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: one check, or one a value of `args`."""
-
-    def register(f: Callable[..., None]) -> Callable[..., None]:
-        if not args:
-            CHECKS[f.__name__] = f
-        for arg in args:
-            CHECKS[f"{f.__name__}[{arg}]"] = partial(f, arg)
-        return f
-
-    return register
-
-
-def run_all(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Process `rank`: the checks' errors, by name, into a file."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", "Grad strides|.*custom operator")  # DDP's, and of outputs that share memory
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timeout)
-    errors = {}
-    for name in names:
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        try:
-            CHECKS[name]()
-        except Exception:
-            errors[name] = traceback.format_exc()
-            print(f"process {rank}, {name}: {errors[name]}", file=sys.stderr)  # the other may not live to tell
-    torch.save(errors, Path(folder) / f"errors-{rank}")
-    dist.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------------------------- tools
-
-
-def part(t: Tensor, sizes: Sizes) -> Tensor:
-    """This process's share of a batch."""
-    return t.split(list(sizes))[dist.get_rank()]
-
-
-def summed(t: Tensor) -> Tensor:
-    dist.all_reduce(t)
-    return t
-
-
-def assert_close(got: Observed, want: Observed, bound: float = 1e-10) -> None:
-    assert got.keys() == want.keys(), got.keys() ^ want.keys()
-    errors = {name: relative_error(t, want[name]) for name, t in got.items()}
-    assert max(errors.values()) <= bound, {name: e for name, e in errors.items() if e > bound}
-
-
-def is_local(name: str) -> bool:
-    return name == "y" or name.removeprefix("gradient of ") in LOCAL
-
-
-def whole(seen: Observed) -> Observed:
-    """Gradients of parameters added up over the processes."""
-    names = [name for name in seen if name.startswith("gradient of") and not is_local(name)]
-    return seen | {name: summed(seen[name].clone()) for name in names}
-
-
-def share_of(seen: Observed, sizes: Sizes) -> Observed:
-    """What a process sees of a run on the whole batch."""
-    return {name: part(t, sizes) if is_local(name) else t for name, t in seen.items()}
-
-
-def shared(module: nn.Module, group: Any = None) -> nn.Module:
-    return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module), group)
-
-
-def sent() -> int:
-    """How many collectives this process has called."""
-    return dist.group.WORLD._get_sequence_number_for_group()
-
-
-def image(n: int, c: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    x = torch.randn(n, c, size, size, dtype=torch.float64).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
-
 
 # ------------------------------------------------------------------------------------------------------ blocks
 
@@ -289,22 +213,17 @@ def what_runs_as_plain_pytorch() -> None:
 @check("identity", "tensor", "projection")
 def gram_outputs_that_cancel(shortcut: str) -> None:
     """On one process only, and on both."""
-    from resnet_fused.ops import block
-
     for correlations in ((0.9999, 0.9999), (0.9999, 0.0)):
         parts = [gram_case(shortcut, correlation, "one across", size=12) for correlation in correlations]
-        case, found, original = parts[0], [], block.cancelling
+        case, found = parts[0], []
         x = torch.cat([p.x.detach()[:1] for p in parts]).contiguous(memory_format=torch.channels_last).requires_grad_()
 
-        def spy(*args: Any, found: list[int] = found, original: Any = original) -> Tensor:
-            found.append(original(*args).numel())
-            return original(*args)
+        def spy(*args: Any, found: list[int] = found) -> Tensor:
+            found.append(cancelling(*args).numel())
+            return cancelling(*args)
 
-        block.cancelling = spy
-        try:
+        with mock.patch.object(block, "cancelling", spy), mock.patch.object(end_unit, "cancelling", spy):
             run_case(case.with_tensors({**dict(case.named()), "x": x}), (1, 1))
-        finally:
-            block.cancelling = original
         everyone = summed(torch.tensor(sum(found)))
         assert everyone > 0
 
@@ -377,209 +296,3 @@ def settings_that_differ_are_errors() -> None:
             messages.append(str(error))
     assert "Detected mismatch between collectives" in messages[0], messages
     assert len(messages) == (1 if dist.get_rank() else 2), messages
-
-
-# ------------------------------------------------------------------------------------------------------ networks
-
-
-def network() -> nn.Module:
-    """A ResNet-18 of two blocks: stem, identity, projection."""
-    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
-    return randomise(model)
-
-
-def fused(model: nn.Module) -> nn.Module:
-    own = copy.deepcopy(model)
-    assert not rf.fuse_(own).composed
-    return own
-
-
-def parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    """Under DDP, which on a CPU refuses a SyncBatchNorm in what it is given: the norms are converted behind it."""
-    own = DistributedDataParallel(model, **options)
-    nn.SyncBatchNorm.convert_sync_batchnorm(own.module)
-    return own
-
-
-def photos(n: int, dtype: torch.dtype = torch.float64, size: int = 32) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 3, size, size, dtype=torch.float64).to(dtype), torch.randint(10, (n,))
-
-
-def train(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor]], accumulate: int = 1, context: Any = nullcontext
-) -> Observed:
-    """SGD with momentum, a step every `accumulate` batches; what the model is then."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    for i, (x, labels) in enumerate(batches):
-        last = i % accumulate == accumulate - 1
-        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            with context():
-                loss = nn.functional.cross_entropy(model(x), labels) / accumulate
-            loss.backward()
-        if last:
-            optimizer.step()
-            optimizer.zero_grad()
-    state = model.module.state_dict() if isinstance(model, DistributedDataParallel) else model.state_dict()
-    return {name: t.clone() for name, t in state.items()}
-
-
-def mine(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [(x.chunk(WORLD)[dist.get_rank()], labels.chunk(WORLD)[dist.get_rank()]) for x, labels in batches]
-
-
-@check("plain", "accumulated", "channels_last", "compiled")
-def three_steps_with_ddp(how: str) -> None:
-    """Those of one process on the whole batch."""
-    model = network().double()
-    accumulate = 2 if how == "accumulated" else 1
-    batches = [photos(16 // accumulate) for _ in range(3 * accumulate)]
-    if how == "channels_last":
-        batches = [(x.contiguous(memory_format=torch.channels_last), labels) for x, labels in batches]
-    own = fused(model)
-    if how == "compiled":
-        own.compile(fullgraph=True, backend="aot_eager")
-    seen = train(parallel(own), mine(batches), accumulate)
-    assert_close(seen, train(model, batches, accumulate), 1e-9)
-
-
-@check()
-def before_and_after_fuse() -> None:
-    """convert_sync_batchnorm in front of fuse_, and unfuse_."""
-    model, (x, _) = network(), photos(4, torch.float32)
-    one, other = shared(fused(model)), shared(model)
-    assert not rf.fuse_(other).composed
-    assert torch.equal(one(x), other(x))
-    with recording() as calls:
-        one(x)
-    assert [call.reason for call in calls] == [None] * 3
-    rf.unfuse_(other)
-    assert type(other) is resnet.ResNet
-    assert type(other.layer1[0].bn1) is nn.SyncBatchNorm
-
-
-@check()
-def unused_blocks() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = rf.BasicBlock(8, 8), rf.BasicBlock(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.used(x)
-
-    model, x = randomise(Two()).double(), image(16, 8, 6)
-    ddp = parallel(copy.deepcopy(model), find_unused_parameters=True)
-    ddp(part(x, HALVES)).square().mean().backward()
-    composed(model.used)(x).square().mean().backward()
-    for got, want in zip(ddp.module.parameters(), model.parameters(), strict=True):
-        assert (got.grad is None) == (want.grad is None)
-        assert got.grad is None or relative_error(got.grad, want.grad) < 1e-10
-
-
-# ------------------------------------------------------------------------------------------ 16 bits, and kernels
-
-
-KERNELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "bottleneck": (lambda: rf.Bottleneck(32, 8), 32),
-    "bottleneck, stride 2": (lambda: rf.Bottleneck(16, 8, 2, down(16, 32)), 16),
-    "basic, projection": (lambda: rf.BasicBlock(8, 16, 2, down(8, 16)), 8),
-    "pre-activation": (lambda: rf.PreActBottleneck(32, 8), 32),
-    "concat": (lambda: rf.ConcatBottleneck(16, 8), 16),
-}
-
-
-def draw_kernels(
-    kind: str, dtype: torch.dtype, sizes: Sizes, memory: str, place: Any
-) -> tuple[Observed, Observed, Observed]:
-    make, channels = KERNELS[kind]
-    block, x = randomise(make()), image(sum(sizes), channels, 12, dtype)
-    own, exact, eager = (
-        shared(block).to(dtype),
-        composed(copy.deepcopy(block)).double(),
-        composed(copy.deepcopy(block)).to(dtype),
-    )
-    exact.load_state_dict({n: t.double() for n, t in eager.state_dict().items()})
-    own.load_state_dict({n.replace("inner.", ""): t for n, t in eager.state_dict().items()})
-    own.memory = memory
-    with torch.no_grad():
-        dy = torch.randn(copy.deepcopy(exact)(x.double()).shape).to(dtype)
-    with place():
-        seen = whole(observe_module(own, part(x, sizes), part(dy, sizes)))
-    runs = (observe_module(eager, x, dy), observe_module(exact, x.double(), dy.double()))
-    plain, wide = (share_of({n.replace("inner.", ""): t for n, t in run.items()}, sizes) for run in runs)
-    return seen, plain, wide
-
-
-@check(*KERNELS)
-def blocks_on_the_matrix_kernels(kind: str) -> None:
-    """Composed of ATen's convolutions, as on a GPU; their sums over pixels are of 16-bit products."""
-    for memory in ("lean", "fast"):
-        draws = [draw_kernels(kind, torch.bfloat16, UNEQUAL, memory, as_on_a_gpu) for _ in range(6)]
-        assert_agrees(draws, torch.bfloat16, geometric_mean)
-
-
-@check("bfloat16", "float16", "bfloat16, kernels")
-def autocast(kind: str) -> None:
-    """A step of a network under autocast, with float16 one of a GradScaler; the stem too on the matrix kernels."""
-    name, _, kernels = kind.partition(", ")
-    dtype, place = getattr(torch, name), as_on_a_gpu if kernels else nullcontext
-
-    def step(model: nn.Module, x: Tensor, labels: Tensor, low: bool) -> Observed:
-        scaler = torch.amp.GradScaler("cpu", 1024.0, enabled=low and dtype == torch.float16)
-        optimizer = torch.optim.SGD(model.parameters(), 1.0)
-        with torch.autocast("cpu", dtype, enabled=low):
-            y = model(x)
-            loss = nn.functional.cross_entropy(y, labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        module = model.module if isinstance(model, DistributedDataParallel) else model
-        return {"y": y.detach().float(), **{n: t.clone() for n, t in module.state_dict().items()}}
-
-    draws = []
-    for _ in range(3):
-        model, (x, labels) = network(), photos(16, torch.float32, 16)
-        own, exact = parallel(fused(model)), copy.deepcopy(model).double()
-        ((x_own, labels_own),) = mine([(x, labels)])
-        with place(), recording() as calls:
-            seen = step(own, x_own, labels_own, True)
-        assert bool(calls[0].units) == bool(kernels)
-        wide, plain = step(exact, x.double(), labels, False), step(model, x, labels, True)
-        draws.append((seen, share_of(plain, HALVES), share_of(wide, HALVES)))
-    assert_agrees(draws, dtype, geometric_mean)
-
-
-@check()
-def compiled_blocks() -> None:
-    for kind in ("bottleneck, projection", "pre-activation, sequence"):
-        make, channels = BLOCKS[kind]
-        block, x = randomise(make()).double(), image(16, channels, 6)
-        dy = torch.randn_like(copy.deepcopy(block)(x).detach())
-        one = observe_module(shared(block), part(x, UNEQUAL), part(dy, UNEQUAL))
-        compiled = torch.compile(shared(block), fullgraph=True, backend="aot_eager")
-        seen = observe_module(compiled, part(x, UNEQUAL), part(dy, UNEQUAL))
-        assert_close({name.replace("_orig_mod.", ""): t for name, t in seen.items()}, one, 1e-12)
-
-
-SLOW = ("emulated", "inductor")
-
-
-@check("bottleneck", "bottleneck, stride 2", "basic, projection")
-def emulated(kind: str) -> None:
-    """The CUDA kernels themselves, each process's on its emulator."""
-    from device import Device
-
-    device = Device("emulated")
-    draws = [draw_kernels(kind, torch.bfloat16, UNEQUAL, "lean", lambda: device._kernels(0)) for _ in range(2)]
-    assert_agrees(draws, torch.bfloat16, geometric_mean)
-    assert device.symbols
-
-
-@check()
-def inductor() -> None:
-    model, batches = network(), [photos(16, torch.float32)]
-    own = fused(model)
-    own.compile(fullgraph=True)
-    seen = train(parallel(own), mine(batches))
-    assert_close(seen, train(model, batches), 1e-4)

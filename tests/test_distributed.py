@@ -1,22 +1,49 @@
-"""Norms shared by processes: two of them, by gloo on a CPU, run what is in `distributed_checks.py` side by side."""
+"""Norms shared by processes: two of them, by gloo on a CPU, run what `distributed_checks.py` and
+`distributed_networks.py` list side by side."""
 
 from __future__ import annotations
 
 import copy
+import datetime
+import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import check_modules, randomise
-from distributed_checks import CHECKS, SLOW, WORLD, network, run_all, shared
+from distributed_networks import SLOW
+from distributed_tools import CHECKS, WORLD, network, shared
 from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.recorder import recording
 
 Errors = list[dict[str, str]]  # of each process, by check
+
+
+def run_all(rank: int, folder: str, names: Sequence[str]) -> None:
+    """Process `rank`: the checks' errors, by name, into a file."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", "Grad strides|.*custom operator")  # DDP's, and of outputs that share memory
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timeout)
+    errors = {}
+    for name in names:
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        try:
+            CHECKS[name]()
+        except Exception:
+            errors[name] = traceback.format_exc()
+            print(f"process {rank}, {name}: {errors[name]}", file=sys.stderr)  # the other may not live to tell
+    torch.save(errors, Path(folder) / f"errors-{rank}")
+    dist.destroy_process_group()
 
 
 def started(names: Sequence[str]) -> Errors:

@@ -11,7 +11,7 @@ from conftest import Case, assert_agrees, geometric_mean, random_unit
 from torch import Tensor
 
 from resnet_fused.functional import ConvBN
-from resnet_fused.ops import block
+from resnet_fused.ops import block, end_unit
 from resnet_fused.ops.gram_form import Gram, cancelling, conv_stats, gram_of, sample_center
 from resnet_fused.recorder import recording
 
@@ -72,7 +72,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         calls.append(cancelling(*args).tolist())
         return cancelling(*args)
 
-    monkeypatch.setattr(block, "cancelling", spy)
+    for module in (block, end_unit):
+        monkeypatch.setattr(module, "cancelling", spy)
     return calls
 
 

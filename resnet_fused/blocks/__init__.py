@@ -2,21 +2,16 @@
 
 from .fused import (
     BasicBlock,
-    BNReLU,
-    BNReLUMaxPool,
     Bottleneck,
     ConcatBasicBlock,
     ConcatBottleneck,
     ConvBNAct,
     FusedBlock,
-    FusedStem,
     ScaledBasicBlock,
     ScaledBottleneck,
-    UnpooledStem,
-    bn_relu,
-    bn_relu_maxpool,
-    conv_bn_relu_maxpool,
 )
+from .norms import BNReLU, bn_relu
+from .stem import BNReLUMaxPool, FusedStem, UnpooledStem, bn_relu_maxpool, conv_bn_relu_maxpool
 
 # These build on the above, so they come behind it.
 from ..gated import GateAct, GatedBlock, MNISTBlock  # isort: skip

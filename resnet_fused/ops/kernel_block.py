@@ -24,18 +24,10 @@ import torch
 from torch import Tensor
 
 from .aten import Geometry, conv, conv_backward
-from .block import (
-    BlockGrads,
-    Needs,
-    UnitGrads,
-    add_shortcut,
-    raw_stats,
-    reduce,
-    settled,
-    split_end_saved,
-)
+from .block import BlockGrads, Needs, add_shortcut, split_end_saved
 from .conv2d import encoded
 from .dispatch import ops as _ops
+from .end_unit import UnitGrads, raw_stats, reduce, settled
 from .gram_form import Gram, conv_stats, drift, output_sums, sample_center, taken_away, weight_gradient
 from .layout import Padded, pixels_of, to_nhwc
 from .pointwise import masked, matrix_kernels_take
