@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -48,30 +49,49 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow what a test marked `halved` can spare."""
-    halved: dict[Any, list[Any]] = {}
+    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow two thirds of a test's emulated cases."""
+    emulated: dict[Any, list[Any]] = {}
     for item in items:
         if isinstance(item, pytest.Function):
             values = [v for v in getattr(item, "callspec", _NONE).params.values() if isinstance(v, str)]
             if {"cuda", "triton-cuda"} & {*values}:
                 item.add_marker("cuda")
-            if item.get_closest_marker("halved") and "emulated" in values:
-                halved.setdefault(item.function, []).append(item)
-    for cases in halved.values():
+            if "emulated" in values and not item.get_closest_marker("slow"):
+                emulated.setdefault(item.function, []).append(item)
+    for cases in emulated.values():
         for case in _spared(cases):
             case.add_marker("slow")
 
 
 def _spared(cases: list[Any]) -> list[Any]:
-    """Every second of those that bring no value of a parameter that those before have not."""
-    seen: set[tuple[str, str]] = set()
-    others = []
-    for case in cases:
-        values = {(name, str(value)) for name, value in case.callspec.params.items()}
-        if values <= seen:
-            others.append(case)
-        seen |= values
-    return others[::2]
+    """All but a third, and but those that bring a parameter's value that the others lack.
+
+    What is kept is chosen one by one: the case with the most new values, then with the most new pairs of values.
+    """
+    values: set[tuple[str, str]] = set()
+    pairs: set[tuple[Any, ...]] = set()
+    left, kept = list(cases), 0
+
+    def news(case: Any) -> tuple[int, int]:
+        return len(_values(case) - values), len(_pairs(case) - pairs)
+
+    while left:
+        best = max(left, key=news)
+        if 3 * kept >= len(cases) and not _values(best) - values:
+            break
+        left.remove(best)
+        kept += 1
+        values |= _values(best)
+        pairs |= _pairs(best)
+    return left
+
+
+def _values(case: Any) -> set[tuple[str, str]]:
+    return {(name, str(value)) for name, value in case.callspec.params.items()}
+
+
+def _pairs(case: Any) -> set[tuple[Any, ...]]:
+    return {*itertools.combinations(sorted(_values(case)), 2)}
 
 
 @pytest.fixture(autouse=True)

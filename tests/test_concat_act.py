@@ -63,7 +63,6 @@ def inputs(place: tuple[int, ...], relu: bool, dtype: torch.dtype) -> Arguments:
     return {"x": x, "u": u, "scale": vector(k, dtype), "shift": vector(k, dtype), "relu": relu, "save_mask": relu}
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_forward(place: tuple[int, ...], relu: bool, device: Device) -> None:
@@ -79,7 +78,6 @@ def test_forward(place: tuple[int, ...], relu: bool, device: Device) -> None:
                 assert torch.equal(bits(mask, args["u"]), y[:, c:] > 0)
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("sums", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -194,7 +194,6 @@ def test_nan_passes_the_prologue(device: Device) -> None:
 # -------------------------------------------------------------------------------------------------------- dgrad
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("end", ["none", "add", "add mask", "gate"])
 @pytest.mark.parametrize("prologue", ["none", "bn", "bn mask", "bn gate"])
 @pytest.mark.parametrize(("shape", "k"), PROBLEMS[2:4], ids=str)
@@ -220,7 +219,6 @@ def test_dgrad_of_every_problem(shape, k: int, device: Device) -> None:
         )
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("end", ["none", "add", "add mask"])
 @pytest.mark.parametrize("pixels", [(7, 9), (8, 5), (1, 6), (2, 2), (3, 1)], ids=str)
@@ -243,7 +241,6 @@ def test_strided_dgrad_fills_what_lies_between(pixels, end: str, stride: int, de
 # -------------------------------------------------------------------------------------------------------- wgrad
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("operand", ["plain", "affine", "strided"])
 @pytest.mark.parametrize("prologue", ["none", "mask", "bn", "bn mask", "bn gate"])
 @pytest.mark.parametrize(("shape", "k"), PROBLEMS[1:4], ids=str)
@@ -258,7 +255,6 @@ def test_wgrad(shape, k: int, prologue: str, operand: str, device: Device) -> No
             assert got["0"].is_contiguous()
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("operand", ["plain", "affine", "strided"])
 @pytest.mark.parametrize(("shape", "k"), PROBLEMS, ids=str)

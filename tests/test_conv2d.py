@@ -118,7 +118,6 @@ def test_any_channels_on_the_cpu() -> None:
 # -------------------------------------------------------------------------------------------------------- dgrad
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("end", ["none", "add", "add mask", "gate"])
 @pytest.mark.parametrize("prologue", ["none", "bn", "bn mask", "bn gate"])
 @pytest.mark.parametrize("problem", PROBLEMS[2:4], ids=str)

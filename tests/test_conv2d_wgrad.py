@@ -117,7 +117,6 @@ def check(device: Device, p: Problem, prologue: str, affine: bool) -> None:
             assert got["0"].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("p", PROBLEMS, ids=name)

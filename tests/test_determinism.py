@@ -44,7 +44,6 @@ MATRIX_OPS |= {"conv2d", "conv2d_bn_act", "conv2d_dgrad", "conv2d_wgrad"}
 NAMES = [name for name in op_names() if not name.startswith("residual_block")]
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_ops(name: str, dtype: torch.dtype, device: Device) -> None:

@@ -157,7 +157,6 @@ def named(results: tuple[Tensor, ...]) -> Observed:
     return {str(i): t for i, t in enumerate(results)}
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,7 +220,6 @@ MODULES = [("BNReLUMaxPool", "stem")]
 MODULES += [(name, kind) for name in ("BasicBlock", "Bottleneck") for kind in ("identity", "projection", "stride 2")]
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize(("name", "kind"), MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_module_step(name: str, kind: str, dtype: torch.dtype, device: Device) -> None:

@@ -134,7 +134,6 @@ def check_expand(device: Device, make: Callable[[torch.dtype], Arguments]) -> No
             assert_dense(got["0"])
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("shortcut", ["none", "residual"])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("shape", "k", "c2"), PROBLEMS, ids=str)
@@ -142,7 +141,6 @@ def test_expand(shape, k: int, c2: int, affine: bool, shortcut: str, device: Dev
     check_expand(device, lambda t: expand_arguments(shape, k, c2, t, affine, shortcut))
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("shape", "k", "c2"), PROBLEMS, ids=str)
 def test_dual(shape, k: int, c2: int, stride: int, device: Device) -> None:
@@ -158,7 +156,6 @@ def test_without_mask(shortcut: str, relu: bool, device: Device) -> None:
     )
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("c", [8, 40, 72, 136])
 @pytest.mark.parametrize("c2", [8, 40, 72, 136])
 def test_dual_phases(c: int, c2: int, device: Device) -> None:
@@ -166,7 +163,6 @@ def test_dual_phases(c: int, c2: int, device: Device) -> None:
     check_expand(device, lambda t: expand_arguments((2, c, 9, 7), 72, c2, t, True, "projection"))
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("first", [0.0, 1e-30, -1e-30, 1e4, -3.0])
 @pytest.mark.parametrize("second", [0.0, 1e-30, -1e-30, 1e4, -3.0])
 def test_dual_scales(first: float, second: float, device: Device) -> None:
@@ -228,7 +224,6 @@ def test_dgrad(shape, k: int, c2: int, masks: bool, device: Device) -> None:
             assert (got["2"].double() - wanted[1]).abs().max() <= 4e-6 * size
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("k", [8, 40, 72, 136])
 @pytest.mark.parametrize("c", [8, 40, 72, 136])
 def test_dgrad_phases(c: int, k: int, device: Device) -> None:
@@ -241,7 +236,6 @@ def test_dgrad_phases(c: int, k: int, device: Device) -> None:
             )  # fmt: skip
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("shortcut", ["none", "add", "add mask"])
 @pytest.mark.parametrize("pixels", [(7, 9), (8, 5), (1, 6), (2, 2), (3, 1)], ids=str)

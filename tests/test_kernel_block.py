@@ -75,7 +75,6 @@ EXPECTED = {
 }
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("kind", "memory"), EXPECTED)
 def test_bottleneck(kind: str, memory: str, dtype: torch.dtype, device: Device) -> None:
@@ -98,7 +97,6 @@ BASIC_EXPECTED = {
 }
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kind", BASIC_EXPECTED)
 def test_basic_block(kind: str, dtype: torch.dtype, device: Device) -> None:

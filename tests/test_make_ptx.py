@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import ptx
+import pytest
 import torch
 
 from resnet_fused import plans
@@ -29,6 +30,7 @@ def run_plan(op: str, problem: dict, arguments: dict[str, torch.Tensor], outputs
         module.launch(step.symbol, step.grid, step.block, [step.params], smem=step.smem, buffers=buffers.values())
 
 
+@pytest.mark.slow
 def test_make_ptx_and_kernels_by_hand() -> None:
     # -o: the environment is as it is; and it is this one
     subprocess.run(

@@ -61,7 +61,6 @@ def arguments(place: tuple[int, ...], affine: bool, dtype: torch.dtype) -> Argum
     return given
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_bn_act_reads_a_padded_residual(place: tuple[int, ...], affine: bool, device: Device) -> None:
@@ -134,7 +133,6 @@ ADDENDS = [(16, 32, 1, 2, 40, 8, 9, 7), (64, 24, 1, 2, 128, 0, 8, 6), (72, 40, 2
            (24, 32, 2, 4, 56, 32, 9, 5), (40, 16, 1, 1, 64, 16, 5, 5), (40, 16, 2, 0, 40, 0, 6, 5)]  # fmt: skip
 
 
-@pytest.mark.halved
 @pytest.mark.parametrize("scale", [1.0, -0.375])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("place", ADDENDS, ids=str)
