@@ -85,7 +85,8 @@ class ConvertedNetwork(Converted, FusedStem):
 
     def behind_stem(self, step: str, x: Tensor) -> Tensor:
         """The original's method `step`, whose first four modules are the stem."""
-        return getattr(self.original, step)(_BehindStem(self), self.stem(x))
+        behind = Behind(self, ("conv1", "bn1", self.act_name, "maxpool"))
+        return getattr(self.original, step)(behind, self.stem(x))
 
 
 class TorchvisionNetwork(ConvertedNetwork):
@@ -98,12 +99,11 @@ class TimmNetwork(ConvertedNetwork):
         return self.behind_stem("forward_features", x)
 
 
-class _BehindStem:
-    """A network as its own methods see it once the stem has run: the stem's modules pass on what they get."""
+class Behind:
+    """A network as its own methods see it once its modules `passing` have run: these pass on what they get."""
 
-    def __init__(self, network: FusedStem) -> None:
-        self._network = network
-        self._passing = ("conv1", "bn1", network.act_name, "maxpool")
+    def __init__(self, network: nn.Module, passing: tuple[str, ...]) -> None:
+        self._network, self._passing = network, passing
 
     def __getattr__(self, name: str) -> Any:
         return _pass if name in self._passing else getattr(self._network, name)

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torchvision.models._utils import IntermediateLayerGetter
 
 import resnet_fused as rf
+from resnet_fused import folded, sliced
 
 torchvision_models = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")
@@ -315,3 +316,89 @@ def test_a_shortcut_that_is_a_unit_is_folded():
     optimized = rf.optimize_for_inference(model, x)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.modules())
     assert_equal_within_rule(model, optimized, x)
+
+
+# ------------------------------------------------------------------------------------------------ slices of images
+
+
+SLICED = {name: NETWORKS[name] for name in ("resnet18", "resnet50", "timm-resnet18", "timm-resnet50d")}
+SLICED |= {"our resnet50": rf.models.resnet50, "our v1": lambda: rf.models.resnet18(shortcut="A", stride_on="conv1")}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Slices of at most two images of 64 x 64 in float32, and how many the blocks of one call got."""
+    monkeypatch.setattr(sliced, "SLICE_BYTES", -(-2 * 16 * 64 * 64 * 4 // torch.get_num_threads()))
+    found: list[int] = []
+    run = folded.FoldedBlock.forward
+
+    def counted(self: folded.FoldedBlock, x: torch.Tensor) -> torch.Tensor:
+        found.append(int(x.shape[0]))  # of a trace a tensor
+        return run(self, x)
+
+    monkeypatch.setattr(folded.FoldedBlock, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_give_what_the_whole_gives(name: str, calls: list[int]) -> None:
+    model = randomised(SLICED[name]())
+    optimized = rf.optimize_for_inference(model, images())
+    x = images(7)
+    assert_equal_within_rule(model, optimized, x)
+    first = sum(len(getattr(model, f"layer{i}")) for i in (1, 2))
+    behind = sum(len(getattr(model, f"layer{i}")) for i in (3, 4))
+    del calls[:]
+    with torch.no_grad():
+        y = optimized(x)
+        assert calls == [n for n in (2, 2, 2, 1) for _ in range(first)] + [7] * behind
+        assert torch.equal(pickle.loads(pickle.dumps(optimized))(x), y)
+        del calls[:]
+        optimized(images(2))
+        assert {*calls} == {2}
+        assert optimized(images(0)).shape == (0, 1000)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        optimized(x.requires_grad_())
+
+
+def test_a_nested_network_runs_by_slices(calls: list[int]) -> None:
+    model = nn.Sequential(nn.Identity(), randomised(torchvision_models.resnet18()))
+    optimized = rf.optimize_for_inference(model, images())
+    assert_equal_within_rule(model, optimized, images(5))
+    assert {*calls} == {1, 2, 5}
+    with pytest.raises(RuntimeError, match="no batch norms left to train"):
+        optimized.train()
+
+
+def test_whoever_watches_or_differs_gets_the_whole_batch(calls: list[int]) -> None:
+    x = images(5)
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), images())
+
+    def sizes() -> set[int]:
+        del calls[:]
+        with torch.no_grad():
+            optimized(x)
+        return {*calls}
+
+    assert sizes() == {1, 2, 5}
+    seen: list[int] = []
+    handles = [
+        optimized.layer1[1].register_forward_hook(lambda module, args, y: seen.append(len(y))),
+        nn.modules.module.register_module_forward_pre_hook(lambda module, args: None),
+    ]
+    for handle in handles:
+        assert sizes() == {5}
+        handle.remove()
+    assert {*seen} == {5}
+    assert sizes() == {1, 2, 5}
+    layer1 = optimized.layer1
+    optimized.layer1 = nn.Sequential(layer1, nn.BatchNorm2d(64, track_running_stats=False).eval())  # of the whole batch
+    assert sizes() == {5}
+    optimized.layer1 = layer1
+    del calls[:]
+    traced = torch.jit.trace(optimized, x, check_trace=False)
+    assert {*calls} == {5}
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), optimized(x))
+        taps = IntermediateLayerGetter(optimized, {"layer1": "a", "layer3": "b"})(x)
+    assert [len(t) for t in taps.values()] == [5, 5]

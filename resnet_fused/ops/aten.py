@@ -139,7 +139,7 @@ def fused_conv(
 ) -> Tensor:
     """relu(conv(x, weight) + bias + residual) as one oneDNN primitive; no gradient of its own.
 
-    `into_residual` writes the result over `residual`. `weight` may be packed (see inference.py).
+    `into_residual` writes the result over `residual`. `weight` may be packed (see folded.py).
     """
     stride, padding, dilation, groups = geometry
     where = (padding, stride, dilation, groups)

@@ -1,0 +1,124 @@
+"""What `optimize_for_inference` returns, and how its known networks run a large batch on a CPU: by slices of images.
+
+At batch 16 every activation of the stem and the first two stages of a ResNet-50 is 26 or 51 MB in float32: a
+convolution reads its input from memory and writes its output there, into pages that malloc has just got from the system
+and gives back afterwards. A slice of few images stays in the caches, in memory that the slice before has left. So
+`conv1` to `layer2` run slice by slice; behind them activations are small and weights large, which each slice would read
+again.
+
+The same was tried for training, a unit's passes and convolutions slice by slice, and lost: its activations must be kept
+whole, its weights' gradients added up, and its narrow tensors are in the caches anyway.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from .convert import Behind, Converted, ConvertedNetwork, TimmNetwork, TorchvisionNetwork, converted_class
+from .folded import EVAL_ONLY, EvalOnly, FoldedBlock, FoldedConv
+from .models import ResNet
+from .modules import global_hook_reason, hook_reason
+from .reference import PaddedShortcut
+
+# Bytes of a slice's widest activation, for each thread. On two threads it makes slices of 4 images of a ResNet-50 in
+# float32 and of 8 in bfloat16; a half of it is as quick, a quarter and twice of it are slower by a tenth.
+SLICE_BYTES = 8 << 20
+# What treats each image on its own.
+_SEPARATE = (FoldedConv, FoldedBlock, PaddedShortcut, nn.Sequential, nn.ModuleList, nn.Identity, nn.ReLU, nn.MaxPool2d,
+             nn.AvgPool2d)  # fmt: skip
+
+
+class OptimizedModel(Converted):
+    """What `optimize_for_inference` returns: refuses training mode before any part of it has changed."""
+
+    prefix = "Optimized"
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        if mode:
+            raise RuntimeError(f"{type(self).__name__} {EVAL_ONLY}")
+        super().train(False)
+        return self
+
+
+class SlicedNetwork(OptimizedModel):
+    """A ResNet of conv1, bn1, an activation, maxpool, layer1 to layer4 and a head; `step` runs all or most of them."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+
+    def sliced(self, step: str, x: Tensor) -> Tensor:
+        """The original's method `step` on images x [N, 3, H, W]."""
+        original = getattr(self.original, step)
+        count = self._slices(x)
+        if count == 1:
+            return original(self, x)
+        names = self._first()
+        x = torch.cat([self._stages(part, names) for part in x.tensor_split(count)])
+        return original(Behind(self, (*names, "stem")), x)
+
+    def _first(self) -> tuple[str, ...]:
+        """The modules that run slice by slice, in order."""
+        return ("conv1", "bn1", "relu" if hasattr(self, "relu") else "act1", "maxpool", "layer1", "layer2")
+
+    def _stages(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        for name in names:
+            x = getattr(self, name)(x)
+        return x
+
+    def _slices(self, x: Any) -> int:
+        if isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return 1
+        if x.device.type != "cpu" or x.dim() != 4:
+            return 1
+        widest = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels at a half of the side, 256 at a quarter
+        images = max(1, SLICE_BYTES * torch.get_num_threads() // max(1, widest))
+        return ceil(x.shape[0] / images) if x.shape[0] > images and self._separate() else 1
+
+    def _separate(self) -> bool:
+        """Whether slices give what the whole does, and nobody watches the difference."""
+        modules = [m for name in self._first() for m in getattr(self, name).modules()]
+        return not global_hook_reason() and all(type(m) in _SEPARATE and not hook_reason("", m) for m in modules)
+
+
+class SlicedTorchvision(SlicedNetwork):
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        return self.sliced("_forward_impl", x)
+
+
+class SlicedTimm(SlicedNetwork):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.sliced("forward_features", x)
+
+
+class SlicedResNet(SlicedNetwork):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sliced("forward", x)
+
+
+def eval_only(model: nn.Module) -> nn.Module:
+    """`model`, whose blocks and stems are folded, as an OptimizedModel, and its known networks as sliced ones."""
+    for module in list(model.modules()):
+        mixin: Any = _sliced_class(module)
+        if mixin is None and module is model and not isinstance(module, EvalOnly):
+            mixin = OptimizedModel
+        if isinstance(module, ConvertedNetwork) or (module is model and isinstance(module, Converted)):
+            module.__class__ = module.original  # type: ignore[assignment]
+        if mixin is not None:
+            original: Any = type(module)
+            module.__class__ = converted_class(mixin, original)
+    return model.eval()
+
+
+def _sliced_class(network: nn.Module) -> type[OptimizedModel] | None:
+    if isinstance(network, ResNet):
+        return SlicedResNet if type(network).forward is ResNet.forward else None
+    known = ((TorchvisionNetwork, SlicedTorchvision), (TimmNetwork, SlicedTimm))
+    return next((sliced for converted, sliced in known if isinstance(network, converted)), None)
