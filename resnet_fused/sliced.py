@@ -25,9 +25,9 @@ from .models import ResNet
 from .modules import global_hook_reason, hook_reason
 from .reference import PaddedShortcut
 
-# Bytes of a slice's widest activation, for each thread. On two threads it makes slices of 4 images of a ResNet-50 in
-# float32 and of 8 in bfloat16; a half of it is as quick, a quarter and twice of it are slower by a tenth.
-SLICE_BYTES = 8 << 20
+# Bytes of a slice's widest activation, for each thread. On two threads it makes slices of 2 images of a ResNet-50 in
+# float32 and of 4 in bfloat16: from a half to twice of it is as quick, a quarter or four times slower by a tenth.
+SLICE_BYTES = 4 << 20
 # What treats each image on its own.
 _SEPARATE = (FoldedConv, FoldedBlock, PaddedShortcut, nn.Sequential, nn.ModuleList, nn.Identity, nn.ReLU, nn.MaxPool2d,
              nn.AvgPool2d)  # fmt: skip
