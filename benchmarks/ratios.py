@@ -4,7 +4,8 @@
 
 All variants live in one process and take turns, round by round, so that a machine that slows down or speeds up
 favours none. Printed: the median time of each, and for ours the median, lowest and highest of the rounds' ratios. On a
-GPU (`--device cuda`) it is the GPU's own time, with a cold L2.
+GPU (`--device cuda`) it is the GPU's own time, with a cold L2. `--shares` also runs each variant of a CPU once under
+the profiler: how much of it is spent in the library's convolutions, and how near these come to a large product's speed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import malloc_setting
+from benchmarks.machine import malloc_setting, roof
 from benchmarks.variants import (
     DTYPES,
     ENGINES,
@@ -32,7 +36,39 @@ from benchmarks.variants import (
 from resnet_fused.data import require
 from resnet_fused.measure import Ratio
 from resnet_fused.network import MODELS
-from resnet_fused.timing import Budget, CudaTimer, HostTimer, rounds_of
+from resnet_fused.timing import Budget, CudaTimer, HostTimer, Part, rounds_of
+
+
+class Share(NamedTuple):
+    """Where a call's time goes, in seconds."""
+
+    convolutions: float
+    total: float
+
+    @classmethod
+    def of(cls, call: Part) -> Share:
+        """By ATen's operators: of an engine, which has none, the convolutions are 0."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            call()
+        events = profiled.key_averages()
+        inside = sum(e.self_cpu_time_total for e in events if "_convolution" in e.key or "convolution_" in e.key)
+        return cls(inside / 1e6, sum(e.self_cpu_time_total for e in events) / 1e6)
+
+
+def print_shares(calls: dict[str, list[Part]], dtype: str, console: Console) -> None:
+    """Of every variant; and of eager, whose FLOPs are those of the network, the convolutions' speed."""
+    for name, (call,) in calls.items():
+        share = Share.of(call)
+        if not share.convolutions:
+            continue
+        line = f"{name}: {share.convolutions / share.total:.0%} of {share.total:.2f} s in convolutions"
+        if name == "eager":
+            with FlopCounterMode(display=False) as counter:
+                call()
+            speed = counter.get_total_flops() / share.convolutions
+            peak = roof("cpu", {dtype: DTYPES[dtype]})["peak"][dtype]
+            line += f", {speed / 1e9:.0f} GFLOP/s, {speed / peak:.2f} of a large product's {peak / 1e9:.0f}"
+        console.print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *ENGINES), default=list(VARIANTS))
+    parser.add_argument("--shares", action="store_true", help="also where the time goes (CPU)")
     args = parser.parse_args(argv)
+    if args.shares and args.device != "cpu":
+        parser.error("--shares is of a CPU: expected --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but there is no GPU here")
     torch.backends.cudnn.benchmark = True
@@ -72,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_column(f"{b} / this", justify="right")
     for name, own in times.items():
         table.add_row(name, f"{median(own):.1f}", *(str(Ratio.of(times[b], own)) for b in baselines))
-    Console(width=110).print(table)
+    console = Console(width=110)
+    console.print(table)
+    if args.shares:
+        print_shares(calls, args.dtype, console)
     return 0
 
 

@@ -98,7 +98,7 @@ def markdown(results: Results, comparison: Comparison, of: str) -> Iterator[str]
     yield ""
     setting = f"{about['threads']} threads, {about['malloc']}"
     yield f"Measured on {about['device']}, {setting}: medians of interleaved rounds."
-    yield "Ratios: how many times faster than eager, the median (lowest to highest) of rounds. The roof is modelled."
+    yield "Ratios: how many times faster than eager, the median (lowest to highest) of rounds."
     yield ""
     yield from _table(*cells(results.rows))
     for title, columns, rows in comparison.tables():
@@ -219,7 +219,7 @@ def _bars(axes: Any, labels: list[str], columns: dict[str, list[Any]]) -> None:
         shown = [(x, v) for x, v in zip(places, values, strict=True) if v is not None]
         axes.bar(*zip(*shown, strict=True), width, label=name)
     axes.set_xticks(range(len(labels)), labels, fontsize="small")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 # --------------------------------------------------------------------------------------------------------- command

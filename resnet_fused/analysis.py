@@ -179,5 +179,7 @@ def plot_coincidence(curves: Sequence[Curve], path: Path, window: int = 50) -> N
             **style,
         )
     left.set(xlabel="iteration", ylabel=f"training loss, mean of {window}")
-    right.set(xlabel="iteration", ylabel="held-out accuracy, %")
+    low, high = right.get_ylim()
+    beside = max(0.0, 10 - (high - low)) / 2  # at least ten points, so that what is noise looks small
+    right.set(xlabel="iteration", ylabel="held-out accuracy, %", ylim=(low - beside, high + beside))
     plots.save_curves(fig, path)
