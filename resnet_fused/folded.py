@@ -55,6 +55,11 @@ class FoldedConv(EvalOnly):
         self._packed: dict[tuple[int, ...], Tensor] = {}  # by input shape; made again after a copy or a load
         self.eval()
 
+    @property
+    def channels(self) -> int:
+        """How many its input has."""
+        return self.weight.shape[1] * self.geometry.groups
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return traced_as_leaf(self, x, residual) if isinstance(x, Proxy) else self.run(x, residual)
 
@@ -66,9 +71,8 @@ class FoldedConv(EvalOnly):
             raise RuntimeError(f"forward-mode differentiation, but {type(self).__name__} {EVAL_ONLY}")
         if x.dtype != self.weight.dtype:
             raise RuntimeError(f"x is {x.dtype}, expected {self.weight.dtype} (that of the weights)")
-        channels = self.weight.shape[1] * self.geometry.groups
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError(f"x has shape {list(x.shape)}, expected [N, {channels}, H, W]")
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x has shape {list(x.shape)}, expected [N, {self.channels}, H, W]")
         x = to_nhwc(x)
         residual = residual if residual is None else self._residual(x, residual)
         # Packed weights are opaque to torch.compile and torch.jit.trace: those get plain convolutions.

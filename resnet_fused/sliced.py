@@ -76,11 +76,16 @@ class SlicedNetwork(OptimizedModel):
     def _slices(self, x: Any) -> int:
         if isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return 1
-        if x.device.type != "cpu" or x.dim() != 4:
+        if x.device.type != "cpu" or x.dim() != 4 or not self._takes(x):
             return 1
         widest = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels at a half of the side, 256 at a quarter
         images = max(1, SLICE_BYTES * torch.get_num_threads() // max(1, widest))
         return ceil(x.shape[0] / images) if x.shape[0] > images and self._separate() else 1
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x fits conv1: its error is to name the whole x."""
+        first = next((m for m in self.conv1.modules() if isinstance(m, FoldedConv)), None)
+        return first is not None and x.shape[1] == first.channels
 
     def _separate(self) -> bool:
         """Whether slices give what the whole does, and nobody watches the difference."""

@@ -357,6 +357,8 @@ def test_slices_give_what_the_whole_gives(name: str, calls: list[int]) -> None:
         optimized(images(2))
         assert {*calls} == {2}
         assert optimized(images(0)).shape == (0, 1000)
+    with pytest.raises(ValueError, match=r"\[7, 2, 64, 64\], expected \[N, 3, H, W\]"):
+        optimized(x[:, :2])
     with pytest.raises(RuntimeError, match="requires grad"):
         optimized(x.requires_grad_())
 
