@@ -49,7 +49,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow two thirds of a test's emulated cases."""
+    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow three quarters of a test's emulated cases."""
     emulated: dict[Any, list[Any]] = {}
     for item in items:
         if isinstance(item, pytest.Function):
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _spared(cases: list[Any]) -> list[Any]:
-    """All but a third, and but those that bring a parameter's value that the others lack.
+    """All but a quarter, and but those that bring a parameter's value that the others lack.
 
     What is kept is chosen one by one: the case with the most new values, then with the most new pairs of values.
     """
@@ -77,7 +77,7 @@ def _spared(cases: list[Any]) -> list[Any]:
 
     while left:
         best = max(left, key=news)
-        if 3 * kept >= len(cases) and not _values(best) - values:
+        if 4 * kept >= len(cases) and not _values(best) - values:
             break
         left.remove(best)
         kept += 1

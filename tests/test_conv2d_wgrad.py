@@ -124,10 +124,10 @@ def test_wgrad(p: Problem, prologue: str, affine: bool, device: Device) -> None:
     check(device, p, prologue, affine)
 
 
+@pytest.mark.parametrize(("prologue", "affine"), [("none", False), ("bn mask", True)])
 @pytest.mark.parametrize("p", GEOMETRIES, ids=name)
-def test_every_geometry(p: Problem, device: Device) -> None:
-    check(device, p, "none", False)
-    check(device, p, "bn mask", True)
+def test_every_geometry(p: Problem, prologue: str, affine: bool, device: Device) -> None:
+    check(device, p, prologue, affine)
 
 
 def test_any_channels_on_the_cpu() -> None:

@@ -16,7 +16,7 @@ import resnet_fused as rf
 
 OPS = torch.ops.resnet_fused
 KERNEL_DEVICES = [name for name in DEVICES if name != "cpu"]
-SEEDS = (0, 1, 7)  # of the order of the warps
+SEEDS = (0, 7)  # of the order of the warps
 
 
 @pytest.fixture(params=KERNEL_DEVICES)
