@@ -40,7 +40,7 @@ from resnet_fused.timing import Budget, CudaTimer, HostTimer, Part, rounds_of
 
 
 class Share(NamedTuple):
-    """Where a call's time goes, in seconds."""
+    """Where the time of one call goes, in seconds; ours also runs some products of matrices as convolutions."""
 
     convolutions: float
     total: float

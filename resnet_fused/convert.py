@@ -7,6 +7,7 @@ would not be the same thing (see `blocks.FusedBlock`). So is a network, for its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -95,6 +96,10 @@ class TorchvisionNetwork(ConvertedNetwork):
 
 
 class TimmNetwork(ConvertedNetwork):
+    @property
+    def act_name(self) -> str:
+        return "act1"
+
     def forward_features(self, x: Tensor) -> Tensor:
         return self.behind_stem("forward_features", x)
 
@@ -109,8 +114,17 @@ class Behind:
         return _pass if name in self._passing else getattr(self._network, name)
 
 
-def _pass(x: Tensor) -> Tensor:
-    return x
+class _Pass:
+    """A module, or a sequence of modules, that does nothing."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def __iter__(self) -> Iterator[nn.Module]:  # timm's checkpointing chains the modules of its stages
+        return iter(())
+
+
+_pass = _Pass()
 
 
 @cache  # one class for each original

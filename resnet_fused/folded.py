@@ -52,7 +52,8 @@ class FoldedConv(EvalOnly):
         self.register_buffer("bias", bias)
         self.geometry = unit.geometry
         self.relu = relu
-        self._packed: dict[tuple[int, ...], Tensor] = {}  # by input shape; made again after a copy or a load
+        self._packed: dict[tuple[int, ...], Tensor] = {}  # by input shape; made again after a copy
+        self._packed_from: tuple[Tensor, int] | None = None  # the weight and its version
         self.eval()
 
     @property
@@ -91,29 +92,29 @@ class FoldedConv(EvalOnly):
         return to_nhwc(residual if residual.shape == expected else residual.expand(expected))
 
     def pack(self, x: Tensor) -> Tensor:
-        """The weight as oneDNN likes it for inputs of this shape."""
+        """The weight as oneDNN likes it for inputs of this shape; a weight replaced or changed in place is seen."""
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        if self._packed_from is None or self._packed_from[0] is not weight or self._packed_from[1] != version:
+            self._packed, self._packed_from = {}, (weight, version)
         packed = self._packed.get(tuple(x.shape))
         if packed is None:
             stride, padding, dilation, groups = self.geometry
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's shape
             with torch.inference_mode(False):
-                packed = reorder(self.weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
-            if len(self._packed) >= 4:  # a few sizes in turn; more would only hold memory
+                packed = reorder(weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
+            if len(self._packed) >= 8:  # a few sizes in turn, each of up to two slices; more would only hold memory
                 self._packed.clear()
             self._packed[tuple(x.shape)] = packed
         return packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv:
-        self._packed = {}
+        self._packed, self._packed_from = {}, None
         super()._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = {}
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}
+        return {**self.__dict__, "_packed": {}, "_packed_from": None}
 
 
 class FoldedNormReLU(EvalOnly):

@@ -49,7 +49,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow three quarters of a test's emulated cases."""
+    """Marks what runs on a GPU: `make gpu-check` chooses by it; and as slow most of a test's emulated cases."""
     emulated: dict[Any, list[Any]] = {}
     for item in items:
         if isinstance(item, pytest.Function):
@@ -59,14 +59,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if "emulated" in values and not item.get_closest_marker("slow"):
                 emulated.setdefault(item.function, []).append(item)
     for cases in emulated.values():
-        for case in _spared(cases):
+        for case in _left_to_slow(cases):
             case.add_marker("slow")
 
 
-def _spared(cases: list[Any]) -> list[Any]:
-    """All but a quarter, and but those that bring a parameter's value that the others lack.
+def _left_to_slow(cases: list[Any]) -> list[Any]:
+    """Those that others stand for: kept are a quarter, and more until every value of every parameter occurs.
 
-    What is kept is chosen one by one: the case with the most new values, then with the most new pairs of values.
+    They are chosen one by one: the case with the most new values, then with the most new pairs of values.
     """
     values: set[tuple[str, str]] = set()
     pairs: set[tuple[Any, ...]] = set()

@@ -318,6 +318,21 @@ def test_a_shortcut_that_is_a_unit_is_folded():
     assert_equal_within_rule(model, optimized, x)
 
 
+def test_weights_changed_behind_its_back_are_packed_again():
+    x = images()
+    optimized = rf.optimize_for_inference(randomised(torchvision_models.resnet18()), x)
+    other = rf.optimize_for_inference(randomised(torchvision_models.resnet18(), seed=5), x)
+    with torch.no_grad():
+        expected = other(x)
+        got = torch.func.functional_call(optimized, other.state_dict(), (x,))
+        assert torch.equal(got, expected)
+        assert not torch.equal(optimized(x), expected)
+        for name, buffer in optimized.named_buffers():
+            buffer.copy_(other.get_buffer(name))
+        optimized.fc = other.fc
+        assert torch.equal(optimized(x), expected)
+
+
 # ------------------------------------------------------------------------------------------------ slices of images
 
 
@@ -404,3 +419,47 @@ def test_whoever_watches_or_differs_gets_the_whole_batch(calls: list[int]) -> No
         torch.testing.assert_close(traced(x), optimized(x))
         taps = IntermediateLayerGetter(optimized, {"layer1": "a", "layer3": "b"})(x)
     assert [len(t) for t in taps.values()] == [5, 5]
+
+
+def test_networks_with_steps_of_their_own(calls: list[int]) -> None:
+    class Normalising(rf.models.ResNet):
+        def stem(self, x: torch.Tensor) -> torch.Tensor:
+            return super().stem((x - 0.5) / 0.2)
+
+    class WithRelu(timm.models.resnet.ResNet):  # which is not its activation
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.relu = nn.Identity()
+
+    ours = Normalising(rf.BasicBlock, (1, 1, 1, 1))
+    theirs = WithRelu(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
+    other = WithRelu(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
+    other.act1 = nn.Hardswish()
+    for model, sizes in ((ours, {5}), (theirs, {1, 2, 5}), (other, {5})):
+        optimized = rf.optimize_for_inference(randomised(model), images())
+        del calls[:]
+        assert_equal_within_rule(model, optimized, images(5))
+        assert {*calls} == sizes
+
+
+@pytest.mark.parametrize("make", [rf.models.resnet18, torchvision_models.resnet18], ids=["ours", "torchvision"])
+def test_optimized_twice(make, calls: list[int]) -> None:
+    model = randomised(make())
+    once = rf.optimize_for_inference(model, images())
+    twice = rf.optimize_for_inference(once, images())
+    assert type(twice) is type(once)
+    del calls[:]
+    assert_equal_within_rule(model, twice, images(5))
+    assert {*calls} == {1, 2, 5}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_timms_checkpointing(before: bool, calls: list[int]) -> None:
+    model = randomised(timm.create_model("resnet18"))
+    if before:
+        model.set_grad_checkpointing(True)
+    optimized = rf.optimize_for_inference(model, images())
+    optimized.set_grad_checkpointing(True)
+    del calls[:]
+    assert_equal_within_rule(model, optimized, images(5))
+    assert {*calls} == {1, 2, 5}
