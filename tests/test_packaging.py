@@ -57,7 +57,8 @@ def sdist(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # of Python >= 3.10.12 and 3.11.4
+        archive.extractall(folder)
     return folder / NAME
 
 
