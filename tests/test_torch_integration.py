@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,3 +310,14 @@ def test_input_changed_in_place_before_backward_is_noticed() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_the_first_thing_that_a_process_does_may_be_to_compile() -> None:
+    code = """if True:
+        import torch, resnet_fused as rf
+        model = torch.nn.Sequential(rf.BNReLUMaxPool(8), rf.Bottleneck(8, 2), rf.BasicBlock(8, 8))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(torch.randn(2, 8, 9, 9)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(__file__).parents[1])

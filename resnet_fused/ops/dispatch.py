@@ -41,9 +41,7 @@ class _Op:
 
 class _Ops:
     def __getattr__(self, name: str) -> _Op:
-        op = _Op(name)
-        setattr(self, name, op)
-        return op
+        return _Op(name)  # not kept here: torch.compile refuses an attribute that is set as it traces
 
 
 ops: Any = _Ops()
