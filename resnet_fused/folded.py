@@ -26,14 +26,18 @@ from .reference import PaddedShortcut, scaled
 EVAL_ONLY = "is the product of optimize_for_inference: it has no batch norms left to train, and no gradients"
 
 
-class EvalOnly(NotScripted, nn.Module):
-    """A folded module: refuses training mode and gradients instead of giving wrong ones."""
+class NeverTrains(nn.Module):
+    """Refuses training mode before anything has changed."""
 
-    def train(self, mode: bool = True) -> EvalOnly:
-        if mode:  # before anything has changed
+    def train(self, mode: bool = True) -> NeverTrains:
+        if mode:
             raise RuntimeError(f"{type(self).__name__} {EVAL_ONLY}")
         super().train(False)
         return self
+
+
+class EvalOnly(NotScripted, NeverTrains):
+    """A folded module: refuses training mode and gradients instead of giving wrong ones."""
 
 
 class FoldedConv(EvalOnly):

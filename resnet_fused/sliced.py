@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .convert import Behind, Converted, ConvertedNetwork, TimmNetwork, TorchvisionNetwork, converted_class
-from .folded import EVAL_ONLY, EvalOnly, FoldedBlock, FoldedConv
+from .folded import EvalOnly, FoldedBlock, FoldedConv, NeverTrains
 from .models import ResNet
 from .modules import global_hook_reason, hook_reason
 from .reference import PaddedShortcut
@@ -33,16 +33,10 @@ _SEPARATE = (FoldedConv, FoldedBlock, PaddedShortcut, nn.Sequential, nn.ModuleLi
 _STEPS = ("forward", "stem", "stem_by_modules")  # of `ResNet`, all of which a sliced one passes by
 
 
-class OptimizedModel(Converted):
-    """What `optimize_for_inference` returns: refuses training mode before any part of it has changed."""
+class OptimizedModel(NeverTrains, Converted):
+    """What `optimize_for_inference` returns."""
 
     prefix = "Optimized"
-
-    def train(self, mode: bool = True) -> OptimizedModel:
-        if mode:
-            raise RuntimeError(f"{type(self).__name__} {EVAL_ONLY}")
-        super().train(False)
-        return self
 
 
 class SlicedNetwork(OptimizedModel):
@@ -77,11 +71,12 @@ class SlicedNetwork(OptimizedModel):
     def _slice_count(self, x: Any) -> int:
         if isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return 1
-        if x.device.type != "cpu" or x.dim() != 4 or not self._fits_conv1(x):
+        if x.device.type != "cpu" or x.dim() != 4:
             return 1
         widest = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels at a half of the side, 256 at a quarter
         images = max(1, SLICE_BYTES * torch.get_num_threads() // max(1, widest))
-        return ceil(x.shape[0] / images) if x.shape[0] > images and self._images_are_independent() else 1
+        slices = x.shape[0] > images and self._fits_conv1(x) and self._images_are_independent()
+        return ceil(x.shape[0] / images) if slices else 1
 
     def _fits_conv1(self, x: Tensor) -> bool:
         """Whether x fits conv1: its error is to name the whole x."""

@@ -70,28 +70,26 @@ def _left_to_slow(cases: list[Any]) -> list[Any]:
     """
     values: set[tuple[str, str]] = set()
     pairs: set[tuple[Any, ...]] = set()
-    left, kept = list(cases), 0
+    left = {case: _values_and_pairs(case) for case in cases}
 
     def news(case: Any) -> tuple[int, int]:
-        return len(_values(case) - values), len(_pairs(case) - pairs)
+        own_values, own_pairs = left[case]
+        return len(own_values - values), len(own_pairs - pairs)
 
     while left:
         best = max(left, key=news)
-        if 4 * kept >= len(cases) and not _values(best) - values:
+        if 4 * (len(cases) - len(left)) >= len(cases) and news(best)[0] == 0:
             break
-        left.remove(best)
-        kept += 1
-        values |= _values(best)
-        pairs |= _pairs(best)
-    return left
+        own_values, own_pairs = left.pop(best)
+        values |= own_values
+        pairs |= own_pairs
+    return list(left)
 
 
-def _values(case: Any) -> set[tuple[str, str]]:
-    return {(name, str(value)) for name, value in case.callspec.params.items()}
-
-
-def _pairs(case: Any) -> set[tuple[Any, ...]]:
-    return {*itertools.combinations(sorted(_values(case)), 2)}
+def _values_and_pairs(case: Any) -> tuple[set[tuple[str, str]], set[tuple[Any, ...]]]:
+    """The values of its parameters, by name, and all pairs of them."""
+    values = {(name, str(value)) for name, value in case.callspec.params.items()}
+    return values, {*itertools.combinations(sorted(values), 2)}
 
 
 @pytest.fixture(autouse=True)
